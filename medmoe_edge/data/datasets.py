@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
@@ -77,7 +77,7 @@ def by_image(examples: Iterable[Example]) -> dict[Path, list[Example]]:
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """One image of known modality, body part and finding."""
+    """One image of known modality, body part and finding; `patient` never goes into a result."""
 
     image: Path
     modality: str
@@ -85,6 +85,12 @@ class LabelledImage:
     finding: str
     source: str
     split: Split
+    patient: str | None = None
+
+    @property
+    def owner(self) -> Hashable:
+        """Whose it is: the patient of its source, or itself where none is named."""
+        return (self.source, self.patient) if self.patient else self.image
 
 
 @dataclass(frozen=True)
@@ -177,6 +183,7 @@ def read_labels(file: Path, *, check_images: bool = False) -> list[LabelledImage
                 finding=record.optional("finding") or "",
                 source=record.optional("source") or file.stem,
                 split=record.choice("split", SPLITS) if record.optional("split") else "train",
+                patient=record.optional("patient"),
             )
         )
     return _some(images, "labelled images", file, check_images)

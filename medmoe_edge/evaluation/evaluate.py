@@ -11,6 +11,7 @@ here ids have to match.
 """
 
 import json
+import logging
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -48,6 +49,7 @@ Choose = Callable[[Sequence[Example]], Sequence[Example]]
 """Picks the questions that are scored."""
 
 UNKNOWN = "unknown"
+logger = logging.getLogger(__name__)
 MAX_NEW_TOKENS = 32
 MOST_NEW_TOKENS = 2048  # what the official evaluation allows an answer
 BLIND_AT_ONCE = 32  # questions
@@ -241,6 +243,8 @@ def score_answers(
     examples: Sequence[Example], answers: Mapping[str, Answer], expert_names: Sequence[str] = ()
 ) -> Evaluation:
     """Score answers, each under the id of its question."""
+    if unknown := sum(not example.answer for example in examples):
+        logger.warning("%d questions have no answer to be met: they count as wrong.", unknown)
     scored = [_scored(example, answers[example.id]) for example in examples]
     pairs = list(zip(examples, scored, strict=True))
     # One modality per image: that of its first answer, which the reversal lets win.

@@ -132,11 +132,12 @@ def read_kind(path: Path) -> tuple[str | None, str | None]:
 def read_origin(path: Path) -> tuple[str | None, str | None]:
     """A file's modality, and a name for its patient: a hash of the PatientID; None if not stated.
 
-    The hash keeps one patient's images together and does not tell who that is to a reader; whoever
-    knows the list of all identifiers can still find it out.
+    Without a PatientID, as in archives that took it out, it is a hash of the study. The hash keeps
+    one patient's images together and does not tell who that is to a reader; whoever knows the list
+    of all identifiers can still find it out.
     """
     with open_container(path) as container:
-        patient = container.header.text("PatientID")
+        patient = container.header.text("PatientID") or container.header.text("StudyInstanceUID")
         modality = modality_of(container.header)
     return modality, hashlib.sha256(patient.encode()).hexdigest()[:16] if patient else None
 

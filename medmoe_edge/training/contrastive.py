@@ -11,7 +11,7 @@ import os
 import random
 import string
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -449,9 +449,12 @@ def read_modality_corpus(recipe: ModalityRecipe, data: Path) -> ModalityCorpus:
     examples = read_examples(questions, check_images=True) if questions else []
     validation = [item for item in labelled if item.split != "train"]
     check_pictures([*learned, *examples], validation)
-    known = same_pictures(item.image for item in (*labelled, *examples))
-    apart = {known[item.image] for item in (*held_out, *validation)}
-    facts = fact_captions(each for each in examples if known[each.image] not in apart)
+    known = same_pictures([i.image for i in labelled] + [each.image for each in examples])
+    apart: set[Hashable] = {known[item.image] for item in (*held_out, *validation)}
+    apart |= {item.owner for item in (*held_out, *validation)}
+    facts = fact_captions(
+        each for each in examples if not apart & {known[each.image], (each.source, each.patient)}
+    )
     captioned = [*label_captions(learned), *facts]
     images = [item.image for item in captioned]
     drawn = [data / recipe.boxes] if recipe.boxes else [data / name for name in BOXES_FILES]
@@ -466,21 +469,36 @@ def read_modality_corpus(recipe: ModalityRecipe, data: Path) -> ModalityCorpus:
 
 def _digest(corpus: ModalityCorpus) -> str:
     """A hash of what is learned from and fitted to: the names of images, and what is known."""
+    told: list[Captioned | GroundedPhrase | LabelledImage]
+    told = [*corpus.captioned, *corpus.grounded, *corpus.held_out]
     digest = hashlib.sha256()
-    for item in (*corpus.captioned, *corpus.grounded, *corpus.held_out):
-        digest.update(f"{item.image.name}|{replace(item, image=Path())}\n".encode())
+    for item in told:
+        digest.update(f"{vars(item) | {'image': item.image.name}}\n".encode())
     return digest.hexdigest()
 
 
 def hold_out(
     labelled: Sequence[LabelledImage], every: int
 ) -> tuple[list[LabelledImage], list[LabelledImage]]:
-    """All but each `every`th image of each modality, body and finding, and those."""
-    groups: dict[tuple[str, ...], list[LabelledImage]] = defaultdict(list)
+    """All but each `every`th image of each modality, body and finding, and those.
+
+    A patient's images count as one, and are held out together.
+    """
+    groups: dict[tuple[str, ...], dict[Hashable, list[LabelledImage]]] = defaultdict(dict)
     for item in labelled:
-        groups[item.modality, item.body, item.finding].append(item)
-    learned = [i for group in groups.values() for at, i in enumerate(group, 1) if at % every]
-    return learned, [i for group in groups.values() for i in group[every - 1 :: every]]
+        group = groups[item.modality, item.body, item.finding]
+        group.setdefault(item.owner, []).append(item)
+    held: set[Hashable] = set()
+    for group in groups.values():
+        owners = list(group)
+        held.update(owners[every - 1 :: every])
+        if len(owners) < every <= sum(map(len, group.values())):
+            held.add(owners[-1])  # few patients with many images each
+    ordered = [item for group in groups.values() for own in group.values() for item in own]
+    apart: tuple[list[LabelledImage], list[LabelledImage]] = ([], [])
+    for item in ordered:
+        apart[item.owner in held].append(item)
+    return apart
 
 
 @torch.no_grad()

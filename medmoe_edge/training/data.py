@@ -15,7 +15,7 @@ import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -97,9 +97,9 @@ def check_pictures(
     learned: Iterable[Example | LabelledImage | Finding],
     held_out: Iterable[Example | LabelledImage | Finding],
 ) -> None:
-    """Raise `DataError` for a picture of two modalities; warn of one learned and held out too.
+    """Raise `DataError` for a picture of two modalities; warn of what is learned and held out too.
 
-    A picture is known by its bytes, whatever its files are called.
+    That are pictures and patients. A picture is known by its bytes, whatever its files are called.
     """
     first, second = list(learned), list(held_out)
     known = same_pictures(each.image for each in (*first, *second))
@@ -112,12 +112,18 @@ def check_pictures(
                 f"{elsewhere}.",
                 "A picture is of one modality: keep the right label.",
             )
-    both = {known[each.image]: each.image for each in first}
-    both = {key: both[key] for each in second if (key := known[each.image]) in both}
+
+    def keys(each: Example | LabelledImage | Finding) -> Iterator[Hashable]:
+        yield known[each.image]
+        if each.patient:
+            yield each.source, each.patient
+
+    own = {key: each.image for each in first for key in keys(each)}
+    both = {key: own[key] for each in second for key in keys(each) if key in own}
     if both:
         logger.warning(
-            "%d pictures are learned from and held out too (%s is one): what is measured on these "
-            "says nothing of others. medmoe-edge data keeps them apart.",
+            "%d pictures or patients are learned from and held out too (%s is one): what is "
+            "measured on these says nothing of others. medmoe-edge data keeps them apart.",
             len(both),
             next(iter(both.values())),
         )

@@ -372,7 +372,7 @@ def _epoch(
                 optimiser.step()
                 optimiser.zero_grad()
         total += float(loss.detach())
-        if not math.isfinite(total):  # no later step would mend it
+        if not math.isfinite(total) and accelerator.num_processes == 1:  # others would wait
             break
         session.report.step(len(batch.pixels) * accelerator.num_processes)
     return total / max(steps, 1)

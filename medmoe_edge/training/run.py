@@ -33,6 +33,8 @@ from medmoe_edge.data.datasets import (
     FINDINGS_FILE,
     LABELS_FILE,
     QUESTION_FILES,
+    Finding,
+    LabelledImage,
     questions_of,
     read_examples,
     read_findings,
@@ -492,7 +494,7 @@ def read_corpus(recipe: Recipe, data: Path) -> Corpus:
     labelled = read_labels(files.labels, check_images=True) if files.labels else []
     findings = read_findings(files.findings, check_images=True) if files.findings else []
     learned = {each.image for each in labelled} | {
-        told for each in examples for told in (each.image, each.patient)
+        named for each in examples for named in (each.image, each.patient)
     }
     kept, findings = set_aside(findings, recipe.border.share if recipe.border else 0.0, learned)
     shown = [*labelled, *as_labelled(findings)]
@@ -503,9 +505,10 @@ def read_corpus(recipe: Recipe, data: Path) -> Corpus:
             "Give some of them the split train.",
         )
     held = read_examples(files.validation, check_images=True) if files.validation else []
+    told: list[LabelledImage | Finding] = [*labelled, *findings]
     check_pictures(
-        [*examples, *(each for each in (*labelled, *findings, *kept) if each.split == "train")],
-        [*held, *(each for each in (*labelled, *findings) if each.split != "train")],
+        [*examples, *kept, *(each for each in told if each.split == "train")],
+        [*held, *(each for each in told if each.split != "train")],
     )
     validation = from_examples(held) or instructions(item for item in shown if item.split == "val")
     questions = from_examples(examples)

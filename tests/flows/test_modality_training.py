@@ -416,6 +416,23 @@ def test_some_of_each_finding_are_held_out() -> None:
     assert sorted([*learned, *held_out], key=lambda i: int(i.image.name)) == labelled
 
 
+def test_a_patient_is_held_out_as_one() -> None:
+    """Also where there are fewer patients than images that one is held out of."""
+    for patients, every in ((9, 3), (2, 4)):
+        labelled = [
+            LabelledImage(
+                Path(f"{n}"), "ct", "head", "ab"[n % 2], "few", "train", f"p{n // 6 % patients}"
+            )
+            for n in range(120)
+        ]
+        learned, held_out = hold_out(labelled, every)
+        own, others = ({item.patient for item in part} for part in (held_out, learned))
+        assert not own & others
+        assert len(own) == max(patients // every, 1)
+        assert {item.finding for item in held_out} == {"a", "b"}
+        assert len(learned) + len(held_out) == 120
+
+
 # --- what learns ------------------------------------------------------------------------------
 
 

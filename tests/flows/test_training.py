@@ -279,8 +279,9 @@ def test_a_run_is_not_gone_on_with_by_another_recipe(unbroken: Path, data: Path)
 @pytest.mark.parametrize("rate", [-1e-3, float("nan"), float("inf")])
 def test_a_rate_that_is_none_is_refused(rate: float) -> None:
     for name in ("learning_rate", "tower_rate", "matrix_rate", "weight_decay"):
+        change: dict[str, Any] = {name: rate}
         with pytest.raises(ConfigError, match="rate below 0, or one that is no number"):
-            replace(RECIPE.moe, **{name: rate})
+            replace(RECIPE.moe, **change)
 
 
 def test_a_tower_of_no_checkpoint_is_refused(data: Path, tmp_path: Path) -> None:
@@ -323,7 +324,7 @@ def test_a_picture_of_two_modalities_or_in_two_splits_is_told(
     assert not caplog.records
     (tmp_path / "copy.png").write_bytes((tmp_path / "1.png").read_bytes())
     read_corpus(recipe, tmp_path)
-    assert "1 pictures are learned from and held out too" in caplog.text
+    assert "1 pictures or patients are learned from and held out too" in caplog.text
     (tmp_path / "held.jsonl").write_text(json.dumps(row | {"modality": "MR"}))
     with pytest.raises(DataError, match=r"copy\.png is labelled mri, and ct as .*1\.png"):
         read_corpus(recipe, tmp_path)

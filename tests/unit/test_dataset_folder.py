@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,20 @@ def test_dicom_says_modality_and_patient_but_not_whose(tmp_path: Path) -> None:
     assert row["patient"] != study().PatientID
 
 
+def test_slices_of_a_study_without_a_patient_stay_together(tmp_path: Path) -> None:
+    """As in archives that took the identifiers out."""
+    (tmp_path / "in").mkdir()
+    for number in range(24):
+        scan = study()
+        scan.PatientID, scan.StudyInstanceUID = "", f"1.2.{number // 12}"
+        scan.SOPInstanceUID = f"1.2.3.{number}"
+        saved(tmp_path / "in", scan, f"{number}.dcm")
+    labels(tmp_path / "in", tmp_path / "out", modality="ct")
+    rows = map(json.loads, (tmp_path / "out/labels.jsonl").read_text().splitlines())
+    found = {(row["patient"], row["split"]) for row in rows}
+    assert len(found) == len({patient for patient, _ in found}) == 2
+
+
 @pytest.mark.parametrize(
     ("make", "options", "complaint"),
     [
@@ -201,13 +216,13 @@ def test_labels_and_questions_of_a_picture_are_in_one_split(tmp_path: Path, firs
         for n in range(60)
     ]
     (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    add = {
+    add: dict[str, Callable[[bool], Any]] = {
         "labels": lambda force: labels(tmp_path / "mine", tmp_path / "data", force=force),
         "questions": lambda force: add_questions(
             tmp_path / "asked.jsonl", tmp_path / "data", force=force
         ),
     }
-    splits = []
+    splits: list[dict[bytes, str]] = []
     for names in (sorted(add, reverse=first == "questions"), [first]):
         for name in names:
             assert add[name](bool(splits)).left_out == 0

@@ -114,10 +114,11 @@ def test_a_finding_is_scored_by_yes_against_no() -> None:
 def test_few_patients_that_are_all_in_order_prove_little() -> None:
     """Five patients with the finding, ten without it: no draw finds another order."""
     for right, bounds in ((0.9, (0.566, 1.0)), (0.05, (0.0, 0.434))):
-        answers = FakeEngine(
-            lambda name, _, right=right: yes(right if name.isdigit() and int(name) < 10 else 0.1)
-        )
-        (score,) = evaluate_findings(answers, FILMS)
+
+        def says(name: str, _: str, right: float = right) -> FakeAnswer:
+            return yes(right if name.isdigit() and int(name) < 10 else 0.1)
+
+        (score,) = evaluate_findings(FakeEngine(says), FILMS)
         assert score.auc_interval == pytest.approx(bounds, abs=1e-3)
 
 
