@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
@@ -87,11 +87,6 @@ class LabelledImage:
     split: Split
     patient: str | None = None
 
-    @property
-    def owner(self) -> Hashable:
-        """Whose it is: the patient of its source, or itself where none is named."""
-        return (self.source, self.patient) if self.patient else self.image
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -117,6 +112,11 @@ class Finding:
 
 
 Read = TypeVar("Read", Example, LabelledImage, Finding)
+
+
+def owner_of(item: Example | LabelledImage | Finding) -> str:
+    """Whose an image is, where that counts as one: the patient of its source, else itself."""
+    return f"{item.source}: {item.patient}" if item.patient else str(item.image)
 
 
 def questions_of(folder: Path, *splits: Split) -> Path | None:

@@ -29,6 +29,7 @@ from medmoe_edge.data.datasets import (
     Record,
     by_image,
     json_lines,
+    owner_of,
     read_examples,
     read_text,
 )
@@ -122,7 +123,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Score:
-    """Figures (0..1) over `n` questions, with 95% intervals from resampling their images.
+    """Figures (0..1) over `n` questions, with 95% intervals from resampling patients or images.
 
     `accuracy` is the papers' mixture: the reference found in the prediction (closed questions),
     token recall (open ones).
@@ -373,15 +374,15 @@ def _reliability(predictions: Iterable[Prediction]) -> Reliability | None:
 
 
 def _score(pairs: _Pairs) -> Score:
-    images = [str(example.image) for example, _ in pairs]
+    owners = [owner_of(example) for example, _ in pairs]
     exact = [float(prediction.correct) for _, prediction in pairs]
     accuracy = [prediction.score for _, prediction in pairs]
     return Score(
         n=len(pairs),
         exact_match=sum(exact) / len(exact),
-        exact_match_interval=bootstrap_interval(exact, images),
+        exact_match_interval=bootstrap_interval(exact, owners),
         accuracy=sum(accuracy) / len(accuracy),
-        accuracy_interval=bootstrap_interval(accuracy, images),
+        accuracy_interval=bootstrap_interval(accuracy, owners),
     )
 
 

@@ -16,7 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge._types import Counting, Doubles, no_counting
-from medmoe_edge.data.datasets import NO_SCAN, Example, Finding, Record, parse_json, read_text
+from medmoe_edge.data.datasets import (
+    NO_SCAN,
+    Example,
+    Finding,
+    Record,
+    owner_of,
+    parse_json,
+    read_text,
+)
 from medmoe_edge.errors import DataError, Notice
 from medmoe_edge.evaluation.evaluate import MAX_NEW_TOKENS, Prediction
 from medmoe_edge.evaluation.metrics import (
@@ -135,7 +143,7 @@ class Paraphrased:
     """What other words cost: exact match of `questions` and of their paraphrases, 0 to 1.
 
     Every question weighs the same, however many paraphrases it has. `loss` is the first less the
-    second, with its 95% interval from resampling images.
+    second, with its 95% interval from resampling patients or images.
     """
 
     questions: int
@@ -193,7 +201,7 @@ def evaluate_findings(
         for name, chance in zip(asked, _yes(engine, one.image, asked), strict=True):
             likely[name].append(chance)
             there[name].append(name in one.present)
-            patients[name].append(one.patient or str(one.image))
+            patients[name].append(owner_of(one))
         progress(done, len(known))
     blind = dict(zip(names, _yes(engine, black_picture(), names), strict=True))
     return tuple(
@@ -354,7 +362,7 @@ def evaluate_paraphrases(
         answers = iter(engine.ask_all(image, texts, max_new_tokens=MAX_NEW_TOKENS))
         for example, prediction, others in group:
             hits = [exact_match(next(answers).text, example.answer) for _ in others]
-            row = _Reworded(str(image), prediction.correct, sum(hits) / len(hits), len(hits))
+            row = _Reworded(owner_of(example), prediction.correct, sum(hits) / len(hits), len(hits))
             rows["all"].append(row)
             rows[example.source].append(row)
         progress(done, len(by_image))
@@ -363,7 +371,7 @@ def evaluate_paraphrases(
 
 @dataclass(frozen=True)
 class _Reworded:
-    image: str
+    owner: str
     original: bool
     paraphrased: float
     asked: int
@@ -379,7 +387,7 @@ def _paraphrased(rows: Sequence[_Reworded]) -> Paraphrased:
         original=original,
         paraphrased=reworded,
         loss=original - reworded,
-        interval=bootstrap_interval(losses, [row.image for row in rows]),
+        interval=bootstrap_interval(losses, [row.owner for row in rows]),
     )
 
 

@@ -217,7 +217,8 @@ def judge(fidelity: Fidelity, gates: Gates, faults: Sequence[str] = ()) -> list[
     """Hold the figures against the gates; those that do not apply are left out.
 
     Proportions have Wilson's one-sided 95% bounds, with tokens taken as independent (which makes
-    routing the stricter); the others the 95% interval from resampling images.
+    routing the stricter); the others the 95% interval from resampling patients
+    or images.
 
     Args:
         fidelity: The figures.

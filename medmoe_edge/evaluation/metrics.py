@@ -173,7 +173,7 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """95% percentile interval of the mean of `values` [N], resampling whole `groups` [N].
 
-    Questions about one image are not independent, so images are what is drawn
+    Questions about one image, or one patient, are not independent, so these are what is drawn
     (cluster bootstrap; Davison & Hinkley, Bootstrap Methods, 1997, hierarchical data). Where all
     groups are alike, as where all is right or there is one image, that has no width, and Wilson's
     interval over the groups stands in for shares.
@@ -257,7 +257,8 @@ class Share(Config):
 class Accuracy(Config):
     """Exact match with the reference answers of `n` questions that have one.
 
-    `difference` is candidate less reference, with its 95% interval from resampling images.
+    `difference` is candidate less reference, with its 95% interval from resampling patients or
+    images.
     """
 
     n: int

@@ -44,6 +44,7 @@ from medmoe_edge.data.datasets import (
     BOXES_FILES,
     LABELS_FILE,
     LabelledImage,
+    owner_of,
     questions_of,
     read_examples,
     read_labels,
@@ -451,9 +452,9 @@ def read_modality_corpus(recipe: ModalityRecipe, data: Path) -> ModalityCorpus:
     check_pictures([*learned, *examples], validation)
     known = same_pictures([i.image for i in labelled] + [each.image for each in examples])
     apart: set[Hashable] = {known[item.image] for item in (*held_out, *validation)}
-    apart |= {item.owner for item in (*held_out, *validation)}
+    apart |= {owner_of(item) for item in (*held_out, *validation)}
     facts = fact_captions(
-        each for each in examples if not apart & {known[each.image], (each.source, each.patient)}
+        each for each in examples if not apart & {known[each.image], owner_of(each)}
     )
     captioned = [*label_captions(learned), *facts]
     images = [item.image for item in captioned]
@@ -484,11 +485,11 @@ def hold_out(
 
     A patient's images count as one, and are held out together.
     """
-    groups: dict[tuple[str, ...], dict[Hashable, list[LabelledImage]]] = defaultdict(dict)
+    groups: dict[tuple[str, ...], dict[str, list[LabelledImage]]] = defaultdict(dict)
     for item in labelled:
         group = groups[item.modality, item.body, item.finding]
-        group.setdefault(item.owner, []).append(item)
-    held: set[Hashable] = set()
+        group.setdefault(owner_of(item), []).append(item)
+    held: set[str] = set()
     for group in groups.values():
         owners = list(group)
         held.update(owners[every - 1 :: every])
@@ -497,7 +498,7 @@ def hold_out(
     ordered = [item for group in groups.values() for own in group.values() for item in own]
     apart: tuple[list[LabelledImage], list[LabelledImage]] = ([], [])
     for item in ordered:
-        apart[item.owner in held].append(item)
+        apart[owner_of(item) in held].append(item)
     return apart
 
 

@@ -29,7 +29,14 @@ from medmoe_edge.atomic import file_sha256
 from medmoe_edge.config import ModelConfig, VisionConfig
 from medmoe_edge.config_contrastive import SwinConfig
 from medmoe_edge.data.captions import NAMES
-from medmoe_edge.data.datasets import NO_SCAN, Example, Finding, LabelledImage, by_image
+from medmoe_edge.data.datasets import (
+    NO_SCAN,
+    Example,
+    Finding,
+    LabelledImage,
+    by_image,
+    owner_of,
+)
 from medmoe_edge.errors import ConfigError, DataError
 from medmoe_edge.image.loading import load_image, preprocess
 from medmoe_edge.models.med_moe import EfficientNetLite
@@ -116,7 +123,7 @@ def check_pictures(
     def keys(each: Example | LabelledImage | Finding) -> Iterator[Hashable]:
         yield known[each.image]
         if each.patient:
-            yield each.source, each.patient
+            yield owner_of(each)
 
     own = {key: each.image for each in first for key in keys(each)}
     both = {key: own[key] for each in second for key in keys(each) if key in own}

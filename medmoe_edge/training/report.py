@@ -78,7 +78,7 @@ def begin_run(
                 "other data.",
                 "Use what it was made with, or start in a new folder.",
             )
-        for name in made:
+        for name in (*made, LOG, TABLE):
             (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as stream:

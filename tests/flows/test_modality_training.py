@@ -213,6 +213,7 @@ def test_a_run_is_not_gone_on_with_by_another_recipe_or_on_other_data(
     begun = (out / "tokenizer.json").stat().st_mtime_ns
     run(copy, out, recipe)
     assert (out / "tokenizer.json").stat().st_mtime_ns != begun
+    assert len((out / "log.jsonl").read_text().splitlines()) == RECIPE.schedule.epochs
 
 
 def test_what_is_held_out_is_learned_from_nowhere(data: Path, tmp_path: Path) -> None:

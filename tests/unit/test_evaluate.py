@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from medmoe_edge.data.datasets import AnswerType, Example, LabelledImage, read_examples
@@ -178,6 +179,27 @@ def test_labels() -> None:
         "ultrasound": {"unknown": 1},
         "xray": {"xray": 1},
     }
+
+
+def test_a_patients_images_count_as_one_for_an_interval() -> None:
+    """Ten images of each patient are answered alike: no more is known than of one each."""
+    engine = FakeEngine({f"q{n}": "yes" if n // 10 % 2 else "no" for n in range(200)}, {"a": "ct"})
+    engine.modalities = {f"i{n}": "ct" for n in range(200)}
+    asked = [example(n, f"i{n}", "yes") for n in range(200)]
+    owned = [replace(each, patient=str(n // 10)) for n, each in enumerate(asked)]
+    one = [replace(each, image=Path(f"i{10 * (n // 10)}")) for n, each in enumerate(asked)]
+    wide, narrow, same = (evaluate(engine, each).overall for each in (owned, asked, one))
+    low, high = wide.exact_match_interval
+    assert high - low > 2.5 * np.subtract(*narrow.exact_match_interval[::-1])
+    assert high - low == pytest.approx(np.subtract(*same.exact_match_interval[::-1]), rel=0.1)
+
+
+def test_questions_without_an_answer_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    found = evaluate(
+        FakeEngine({"q1": "x", "q2": "y"}, {"a": "ct"}), [example(1, "a", ""), example(2, "a", "y")]
+    )
+    assert found.overall.exact_match == 0.5
+    assert "1 questions have no answer to be met" in caplog.text
 
 
 def test_no_label_with_an_expert() -> None:
