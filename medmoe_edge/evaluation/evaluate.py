@@ -380,9 +380,9 @@ def _score(pairs: _Pairs) -> Score:
     return Score(
         n=len(pairs),
         exact_match=sum(exact) / len(exact),
-        exact_match_interval=bootstrap_interval(exact, owners),
+        exact_match_interval=bootstrap_interval(exact, owners, shares=True),
         accuracy=sum(accuracy) / len(accuracy),
-        accuracy_interval=bootstrap_interval(accuracy, owners),
+        accuracy_interval=bootstrap_interval(accuracy, owners, shares=True),
     )
 
 

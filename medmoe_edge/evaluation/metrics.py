@@ -169,14 +169,14 @@ Z95 = 1.959963984540054  # two-sided 95% of a normal distribution
 
 
 def bootstrap_interval(
-    values: npt.ArrayLike, groups: npt.ArrayLike, *, rounds: int = 1000
+    values: npt.ArrayLike, groups: npt.ArrayLike, *, shares: bool = False, rounds: int = 1000
 ) -> tuple[float, float]:
     """95% percentile interval of the mean of `values` [N], resampling whole `groups` [N].
 
     Questions about one image, or one patient, are not independent, so these are what is drawn
     (cluster bootstrap; Davison & Hinkley, Bootstrap Methods, 1997, hierarchical data). Where all
-    groups are alike, as where all is right or there is one image, that has no width, and Wilson's
-    interval over the groups stands in for shares.
+    are right, or all wrong, that has no width, and Wilson's interval over the groups stands in; of
+    `shares` (0 to 1) also where all groups are alike otherwise, as where there is only one.
     """
     data = np.asarray(values, dtype=np.float64)
     _, member = np.unique(np.asarray(groups), return_inverse=True)
@@ -185,7 +185,7 @@ def bootstrap_interval(
     draws = np.random.default_rng(0).multinomial(count, [1 / count] * count, size=rounds)
     means = (draws @ sums) / (draws @ sizes)  # [rounds]
     low, high = np.quantile(means, (0.025, 0.975))
-    if low == high and 0 <= low <= 1:  # drawing again and again finds no other image
+    if low == high and (shares or low in (0, 1)):  # drawing on and on finds no other image
         return wilson_interval(float(low), count, Z95)
     return float(low), float(high)
 

@@ -563,7 +563,7 @@ def test_a_target_is_made_from_the_embedded_bundle(run: Run, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        (["--gpu", "sm89"], "are for engines"),
+        (["--gpu", "sm89"], "are for GPUs"),
         (["--target", "tensorrt-rtx"], "builds for one GPU"),
         (["--target", "tensorrt-rtx", "--gpu", "sm1"], "There is no GPU 'sm1'"),
         (["--target", "onnxruntime-cuda", "--dtype", "bf16"], "computes in fp16"),

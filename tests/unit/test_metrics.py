@@ -135,7 +135,8 @@ def test_bootstrap_draws_whole_images() -> None:
     apart_low, apart_high = bootstrap_interval(values, np.arange(1000))
     # Ten questions that always agree are worth one: the interval is sqrt(10) times wider.
     assert (high - low) / (apart_high - apart_low) == pytest.approx(np.sqrt(10), rel=0.15)
-    one = bootstrap_interval([1.0, 0.0], ["same", "same"])
+    assert bootstrap_interval([1.0, 0.0], ["same", "same"]) == (0.5, 0.5)
+    one = bootstrap_interval([1.0, 0.0], ["same", "same"], shares=True)
     assert one == pytest.approx((0.0546, 0.9454), abs=1e-4), "one image tells next to nothing"
     assert bootstrap_interval([0.0, 0.0], [1, 2]) == pytest.approx(
         (0, 1.96**2 / (2 + 1.96**2)), 1e-4
