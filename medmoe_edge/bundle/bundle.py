@@ -45,7 +45,13 @@ from medmoe_edge.bundle.trust import (
 )
 from medmoe_edge.config import Confidence, Config, ModelConfig
 from medmoe_edge.config_contrastive import ModalityConfig, Scores
-from medmoe_edge.errors import BundleError, ConfigError, ResourceError, VerificationError
+from medmoe_edge.errors import (
+    BundleError,
+    ConfigError,
+    ResourceError,
+    VerificationError,
+    of_machine,
+)
 
 TargetName = Literal["onnxruntime", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt"]
 DType = Literal["fp32", "fp16", "bf16"]
@@ -237,9 +243,9 @@ class AnyBundle(Generic[C]):
         try:
             intact = path.stat().st_size == entry["bytes"] and _hashes_to(path, entry["sha256"])
         except OSError as error:
-            raise BundleError(
-                f"{path} cannot be read ({error.strerror}).", "Copy or export the bundle again."
-            ) from error
+            what = f"{path} cannot be read ({error.strerror})."
+            gone = BundleError(what, "Copy or export the bundle again.")
+            raise (of_machine(str(path), error) or gone) from error
         if not intact:
             raise BundleError(
                 f"{path} was changed or is incomplete: it does not match the manifest.",
@@ -439,10 +445,9 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise BundleError(
-            f"{path} cannot be read ({error.strerror}).",
-            "Give a bundle folder, made by: medmoe-edge export",
-        ) from error
+        what = f"{path} cannot be read ({error.strerror})."
+        missing = BundleError(what, "Give a bundle folder, made by: medmoe-edge export")
+        raise (of_machine(str(path), error) or missing) from error
 
 
 def _parse(folder: Path, text: bytes) -> dict[str, Any]:
