@@ -20,6 +20,8 @@ are told as plain JSON by `Told`, which stands here because it needs as little.
 
 import dataclasses
 import difflib
+import errno
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -151,6 +153,31 @@ def unreadable(what: str, error: OSError) -> tuple[str, str]:
         return f"{what} does not exist.", "Check the path."
     reason = (error.strerror or "unknown reason").lower()
     return f"{what} cannot be opened: {reason}.", "Check the path and its permissions."
+
+
+OF_MACHINE = {errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN}
+
+
+def of_machine(what: str, error: BaseException | None) -> ResourceError | None:
+    """The error to raise where the machine is at fault and not the file: another time it is read.
+
+    Args:
+        what: As for `unreadable`.
+        error: Whatever was raised while the file was read.
+
+    Returns:
+        An error, or None where the file itself may be damaged or missing.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "Free some space, or write to another disk."
+        return ResourceError(f"{what}: no space left on device.", remedy)
+    if number not in OF_MACHINE:
+        return None
+    return ResourceError(
+        f"{what} cannot be read now: {os.strerror(number).lower()}.",
+        "The machine is at fault, not the file: close other programs, check its disk, try again.",
+    )
 
 
 def shown_bytes(count: float) -> str:

@@ -35,17 +35,15 @@ from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bundle import trust
 from medmoe_edge.bundle.machine import Machine
-from medmoe_edge.bundle.trust import (
-    check_signature,
-    read_private_key,
-    remember_intact,
-    vouch_for,
-    was_intact,
-    write_signature,
-)
 from medmoe_edge.config import Confidence, Config, ModelConfig
 from medmoe_edge.config_contrastive import ModalityConfig, Scores
-from medmoe_edge.errors import BundleError, ConfigError, ResourceError, VerificationError
+from medmoe_edge.errors import (
+    BundleError,
+    ConfigError,
+    ResourceError,
+    VerificationError,
+    of_machine,
+)
 
 TargetName = Literal["onnxruntime", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt"]
 DType = Literal["fp32", "fp16", "bf16"]
@@ -173,7 +171,7 @@ class AnyBundle(Generic[C]):
         and where keys are trusted for what none of them signed.
         """
         text = _read(folder / MANIFEST)
-        check_signature(folder, text)
+        trust.check_signature(folder, text)
         manifest = _parse(folder, text)
         if (kind := manifest_kind(manifest)) != cls.kind:
             raise BundleError(
@@ -237,9 +235,9 @@ class AnyBundle(Generic[C]):
         try:
             intact = path.stat().st_size == entry["bytes"] and _hashes_to(path, entry["sha256"])
         except OSError as error:
-            raise BundleError(
-                f"{path} cannot be read ({error.strerror}).", "Copy or export the bundle again."
-            ) from error
+            what = f"{path} cannot be read ({error.strerror})."
+            gone = BundleError(what, "Copy or export the bundle again.")
+            raise (of_machine(str(path), error) or gone) from error
         if not intact:
             raise BundleError(
                 f"{path} was changed or is incomplete: it does not match the manifest.",
@@ -410,7 +408,7 @@ def sign_bundle(folder: Path, key: Path, verified: str | None = None) -> None:
     `BundleError` for another or a damaged one, `VerificationError` for a bundle that failed its
     verification, `InputError` for a key, and `ResourceError` for a folder that cannot be used.
     """
-    private, text = read_private_key(key), _read(folder / MANIFEST)
+    private, text = trust.read_private_key(key), _read(folder / MANIFEST)
     _check_same(folder, verified, hashlib.sha256(text).hexdigest())
     record = _parse(folder, text).get(VERIFICATION)
     if record is not None and status_of(record) == "failed":
@@ -419,7 +417,7 @@ def sign_bundle(folder: Path, key: Path, verified: str | None = None) -> None:
             "Export it in another precision or with calibration, and sign that.",
         )
     try:
-        write_signature(folder, text, private)
+        trust.write_signature(folder, text, private)
     except OSError as error:
         raise ResourceError(
             f"{folder} cannot be written ({error.strerror}).", "Sign a copy of the bundle."
@@ -431,7 +429,7 @@ def _store(folder: Path, manifest: Mapping[str, Any]) -> str:
     text = (json.dumps(sealed, indent=1) + "\n").encode()
     with atomic_file(folder / MANIFEST) as file:
         file.write(text)
-    vouch_for(text)
+    trust.vouch_for(text)
     return hashlib.sha256(text).hexdigest()
 
 
@@ -439,10 +437,9 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise BundleError(
-            f"{path} cannot be read ({error.strerror}).",
-            "Give a bundle folder, made by: medmoe-edge export",
-        ) from error
+        what = f"{path} cannot be read ({error.strerror})."
+        missing = BundleError(what, "Give a bundle folder, made by: medmoe-edge export")
+        raise (of_machine(str(path), error) or missing) from error
 
 
 def _parse(folder: Path, text: bytes) -> dict[str, Any]:
@@ -495,12 +492,12 @@ def _seal(manifest: Mapping[str, Any]) -> str:
 
 def _hashes_to(path: Path, sha256: str) -> bool:
     large = path.stat().st_size >= trust.LARGE
-    if large and was_intact(path, sha256):
+    if large and trust.was_intact(path, sha256):
         return True
     with path.open("rb") as file:
         right = _sha256(file) == sha256
     if right and large:
-        remember_intact(path, sha256)
+        trust.remember_intact(path, sha256)
     return right
 
 

@@ -30,7 +30,14 @@ from medmoe_edge._version import __version__
 from medmoe_edge.atomic import check_apart
 from medmoe_edge.cli import INTERRUPTED, TERMINATED, interruption
 from medmoe_edge.embedded import EMBEDDED
-from medmoe_edge.errors import InputError, MedMoEError, ResourceError, did_you_mean, unreadable
+from medmoe_edge.errors import (
+    InputError,
+    MedMoEError,
+    ResourceError,
+    did_you_mean,
+    of_machine,
+    unreadable,
+)
 from medmoe_edge.render import console as render
 
 log = logging.getLogger("medmoe_edge")
@@ -165,6 +172,9 @@ app = typer.Typer(
 
 def start(verbs: typer.Typer) -> None:
     """Run the command line of this process."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed: the next file that is opened would take its place
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     if not sys.warnoptions:  # meant for programmers, who can turn them on with python -W
         warnings.simplefilter("ignore")
     if isinstance(sys.stdout, io.TextIOWrapper):  # a locale may lack a question's letters
@@ -470,7 +480,4 @@ def _explained(error: OSError | MemoryError) -> MedMoEError:
     if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
         return ResourceError("There is not enough memory.", "Close other programs and try again.")
     name = str(error.filename or "A file")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        what = f"{name}: {(error.strerror or 'no space').lower()}."
-        return ResourceError(what, "Free some space, or write to another disk.")
-    return InputError(*unreadable(name, error))
+    return of_machine(name, error) or InputError(*unreadable(name, error))

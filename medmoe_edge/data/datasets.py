@@ -6,18 +6,20 @@ of our own forms mean is said by the JSON schemas beside this module, which erro
 """
 
 import functools
+import hashlib
 import itertools
 import json
 import logging
 import os
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
 
-from medmoe_edge.errors import DataError
+from medmoe_edge.errors import DataError, of_machine
 
 AnswerType = Literal["OPEN", "CLOSED"]
 Split = Literal["train", "val", "test"]
@@ -310,7 +312,8 @@ def read_text(file: Path) -> str:
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text.", "Save it as UTF-8.") from error
     except (OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be read.", "Give a readable file.") from error
+        other = DataError(f"{file} cannot be read.", "Give a readable file.")
+        raise (of_machine(str(file), error) or other) from error
 
 
 def files_below(folder: Path) -> Iterator[Path]:
@@ -339,6 +342,27 @@ def safe_name(
     if path.is_absolute() or not path.parts or ".." in path.parts or set(name) & set("\\:\0"):
         raise DataError(f"{where} names a file outside the dataset.", advice)
     return path.as_posix()
+
+
+def set_name(text: str) -> str:
+    """A name for a set that is also one for a folder."""
+    return re.sub(r"[^\w-]+", "_", text).strip("_") or "mine"
+
+
+def split_evenly(keys: Mapping[Hashable, Hashable]) -> dict[Hashable, Split]:
+    """Of the groups of each stratum (group -> stratum) a tenth each to validate and to test on.
+
+    The same groups give the same splits, in whatever order they come.
+    """
+    strata: dict[Hashable, list[Hashable]] = defaultdict(list)
+    for group in sorted(keys, key=lambda group: hashlib.sha256(repr(group).encode()).digest()):
+        strata[keys[group]].append(group)
+    turns: dict[int, Split] = {4: "val", 9: "test"}
+    return {
+        group: turns.get(number % 10, "train")
+        for groups in strata.values()
+        for number, group in enumerate(groups)
+    }
 
 
 def json_lines(text: str, file: Path) -> Iterator[Record]:

@@ -19,7 +19,6 @@ import hashlib
 import io
 import json
 import logging
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -42,6 +41,8 @@ from medmoe_edge.data.datasets import (
     parse_json,
     read_text,
     safe_name,
+    set_name,
+    split_evenly,
 )
 from medmoe_edge.errors import DataError, ImageError, InputError, Told
 
@@ -111,16 +112,12 @@ class Addition:
         self.sums[row.data["image"]] = digest
         self.held[digest] = max(row.held, self.held.get(digest, 0))
         if modality := row.data.get("modality"):
-            said = modality_name(str(modality)), repr(row.data["image"])
-            self.said.setdefault(digest, said)
+            self.said.setdefault(digest, (modality_name(str(modality)), repr(row.data["image"])))
 
     def splits(
         self, groups: Mapping[Hashable, Hashable], pictures: Iterable[tuple[Hashable, str]]
     ) -> dict[Hashable, Split]:
-        """As of `split_evenly`, but where another set holds a picture of a group already.
-
-        `pictures` are pairs of a group and the SHA-256 of a picture.
-        """
+        """As of `split_evenly`, but where another set holds a picture (by SHA-256) of a group."""
         known: dict[Hashable, int] = {}
         for group, digest in pictures:
             if digest in self.held:
@@ -157,9 +154,7 @@ class Addition:
 def adding(
     name: str, source: Path, out: Path, *, force: bool = False, as_published: bool = False
 ) -> Iterator[tuple[Addition, list[Prepared]]]:
-    """Add the set `name` to the dataset folder `out`, which is made or replaced as a whole.
-
-    `source` is where it is from, as errors name it.
+    """Add the set `name` from `source` to the dataset folder `out`, which is replaced as a whole.
 
     Whatever else lies in the folder stays in it; of the set itself, what is in images/NAME goes.
 
@@ -180,10 +175,9 @@ def adding(
     results: list[Prepared] = []
     with atomic_folder(out, force=True, marker=SUMMARY) as folder:
         addition = Addition(name, folder, source)
-        rows = [row for row in rows if row.set != name]
-        for row in rows:
-            known = addition.sums.get(row.data["image"])
-            addition.know(row, known or file_sha256(out / row.data["image"]))
+        for row in (rows := [row for row in rows if row.set != name]):
+            image = row.data["image"]
+            addition.know(row, addition.sums.get(image) or file_sha256(out / image))
         yield addition, results
         if out.exists():
             carry_over(out, folder, without={own, *(out / file for file in _WRITTEN)})
@@ -206,22 +200,6 @@ def adding(
         (folder / SUMMARY).write_text(text + "\n", encoding="utf-8")
 
 
-def split_evenly(keys: Mapping[Hashable, Hashable]) -> dict[Hashable, Split]:
-    """Of the groups of each stratum (group -> stratum) a tenth each to validate and to test on.
-
-    The same groups give the same splits, in whatever order they come.
-    """
-    strata: dict[Hashable, list[Hashable]] = defaultdict(list)
-    for group in sorted(keys, key=lambda group: hashlib.sha256(repr(group).encode()).digest()):
-        strata[keys[group]].append(group)
-    turns: dict[int, Split] = {4: "val", 9: "test"}
-    return {
-        group: turns.get(number % 10, "train")
-        for groups in strata.values()
-        for number, group in enumerate(groups)
-    }
-
-
 @dataclass(frozen=True)
 class _Row:
     """A line of one of the files; `split` is None for a label, whose line says it."""
@@ -234,6 +212,9 @@ class _Row:
     def held(self) -> int:
         """The place of its split in `_ORDER`."""
         return _ORDER.index(self.split or self.data["split"])
+
+
+_Rows = list[_Row]
 
 
 def _known(row: Mapping[str, str | None]) -> Row:
@@ -283,9 +264,7 @@ def _place(record: Record, folder: Path) -> tuple[str, str]:
     return parts[1], image
 
 
-def _apart(
-    rows: list[_Row], sums: Mapping[str, str], published: set[str]
-) -> tuple[list[_Row], int]:
+def _apart(rows: _Rows, sums: Mapping[str, str], published: set[str]) -> tuple[_Rows, int]:
     """The rows without those that a held-out split forbids, and how many questions went.
 
     A picture is known by its bytes, a patient by what the set calls them. Labels move to the split
@@ -344,13 +323,8 @@ def _counts(rows: Iterable[_Row], name: str) -> dict[str, Any]:
     }
 
 
-def set_name(text: str) -> str:
-    """A name for a set that is also one for a folder."""
-    return re.sub(r"[^\w-]+", "_", text).strip("_") or "mine"
-
-
-Header = Callable[[Path], tuple[str | None, str | None]]
-"""What a DICOM file says: its modality, and a name for its patient that tells nothing of them."""
+Header = Callable[[Path], tuple[bool, str | None, str | None]]
+"""Whether a DICOM file is an image, its modality, and a name for its patient that tells nothing."""
 
 LEVELS = ("split", "modality", "body", "finding", "patient", "-")
 _BY_DEPTH = {1: ("modality",), 2: ("modality", "finding"), 3: ("modality", "body", "finding")}
@@ -364,7 +338,7 @@ _COLUMNS = {  # what else a column is called
 }
 _RASTER = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif")
 _DICOM = (".dcm", ".dicom")
-_SUFFIXES = (*_RASTER, *_DICOM, ".nii", ".nii.gz")
+SUFFIXES = (*_RASTER, *_DICOM, ".nii", ".nii.gz")
 
 
 @dataclass(frozen=True)
@@ -410,7 +384,7 @@ def add_labels(
     """Add the pictures of a folder or of a table to the dataset folder `out`; see `folder.adding`.
 
     `header` reads DICOM files, whose modality and patient count where nothing else was said.
-    Pictures that cannot be opened are left out, with a warning.
+    What cannot be opened, or is DICOM without an image, is left out, with a warning.
 
     Raises `DataError` for pictures of unknown modality, a bad table and where there is none,
     `InputError` as `adding`.
@@ -420,7 +394,10 @@ def add_labels(
     if unknown := next((each for each in options.levels if each not in LEVELS), None):
         raise InputError(f"There is no level {unknown!r}.", f"Use: {', '.join(LEVELS)}.")
     found = list(_in_folder(source, options) if source.is_dir() else _in_table(source))
-    found = [_completed(each, options, header) for each in found if _opens(each.file)]
+    read = [_completed(each, options, header) for each in found if _opens(each.file)]
+    found = [each for each in read if each is not None]
+    if left := len(read) - len(found):
+        logger.warning("%d DICOM objects without an image (reports, plans ...) are left out.", left)
     if not found:
         raise DataError(f"{source} holds no picture that can be read.", "Check the folder or file.")
     unknown_images = [each for each in found if each.modality is None]
@@ -447,7 +424,9 @@ def add_labels(
 
 
 def _in_folder(folder: Path, options: LabelOptions) -> Iterator[_Found]:
-    for file in filter(_is_picture, files_below(folder)):
+    for file in files_below(folder):
+        if not (file.name.lower().endswith(SUFFIXES) or _is_dicom(file)):
+            continue
         relative = file.relative_to(folder)
         levels = list(relative.parts[:-1])
         given: dict[str, str] = {}
@@ -465,10 +444,6 @@ def _in_folder(folder: Path, options: LabelOptions) -> Iterator[_Found]:
         yield _Found(file, name, repr(name), **given)
 
 
-def _is_picture(file: Path) -> bool:
-    return file.name.lower().endswith(_SUFFIXES) or ("." not in file.name and _is_dicom(file))
-
-
 def _is_dicom(file: Path) -> bool:
     """By its suffix or its mark: archives name their files as they like."""
     if file.name.lower().endswith(_DICOM):
@@ -479,17 +454,14 @@ def _is_dicom(file: Path) -> bool:
 
 def _in_table(file: Path) -> Iterator[_Found]:
     text = read_text(file)
-    first = text.split("\n", 1)[0]
-    delimiter = max(",;\t", key=first.count)
+    delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         columns = _columns(reader.fieldnames or (), file)
         rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:
-        raise DataError(
-            f"{file}, line {reader.reader.line_num}: this is no CSV ({error}).",
-            "Look for a quotation mark that is not closed.",
-        ) from error
+        what = f"{file}, line {reader.reader.line_num}: this is no CSV ({error})."
+        raise DataError(what, "Look for a quotation mark that is not closed.") from error
     for number, row in rows:
         values = {key: (row[column] or "").strip() for key, column in columns.items()}
         if any(row.get(None) or ()):  # else a label would end before its first delimiter
@@ -498,7 +470,7 @@ def _in_table(file: Path) -> Iterator[_Found]:
         if not values["image"]:
             raise DataError(f"{file}, line {number} names no image.", "Fill it in.")
         path = file.parent / PurePosixPath(values.pop("image").replace("\\", "/"))
-        names = (path, *(path.with_name(path.name + suffix) for suffix in _SUFFIXES))
+        names = (path, *(path.with_name(path.name + suffix) for suffix in SUFFIXES))
         image = next((each for each in names if each.is_file()), None)
         if image is None:
             raise DataError(f"{file}, line {number}: there is no such image.", "Check the path.")
@@ -534,12 +506,14 @@ def _opens(file: Path) -> bool:
         return False
 
 
-def _completed(found: _Found, options: LabelOptions, header: Header) -> _Found:
-    """With what holds for all images, and what a DICOM file says of itself."""
+def _completed(found: _Found, options: LabelOptions, header: Header) -> _Found | None:
+    """With what holds for all, and what DICOM says of itself; None where that is no image."""
     modality, patient = found.modality, found.patient
-    if not (modality and patient) and _is_dicom(found.file):
+    if _is_dicom(found.file):
         with contextlib.suppress(ImageError):  # whoever reads the picture will hear why
-            said, whose = header(found.file)
+            holds, said, whose = header(found.file)
+            if not holds:
+                return None
             modality, patient = modality or said, patient or whose
     split: str | None = options.split
     if split is None and found.split:

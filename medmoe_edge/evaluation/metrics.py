@@ -7,7 +7,6 @@ included: their figures can be held against the papers', ours say what was answe
 """
 
 import itertools
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -191,12 +190,9 @@ def bootstrap_interval(
 
 
 def wilson_interval(share: float, count: int, z: float) -> tuple[float, float]:
-    """The interval of a share of `count`, `z` standard deviations of a normal distribution wide.
-
-    Source: Wilson, Probable inference, JASA 22 (1927), 209-212.
-    """
+    """Of a share of `count`, at `z` deviations of a normal (Wilson, JASA 22 (1927), 209-212)."""
     centre = share + z**2 / (2 * count)
-    half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    half = z * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
     scale = 1 + z**2 / count
     return max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0)
 

@@ -24,7 +24,14 @@ from PIL import Image as Pillow
 
 from medmoe_edge.config import VisionConfig
 from medmoe_edge.config_contrastive import SwinConfig
-from medmoe_edge.errors import ImageError, MedMoEError, Notice, ResourceError, unreadable
+from medmoe_edge.errors import (
+    ImageError,
+    MedMoEError,
+    Notice,
+    ResourceError,
+    of_machine,
+    unreadable,
+)
 from medmoe_edge.image.pixels import (
     FLAT,
     HEAD_BYTES,
@@ -191,8 +198,8 @@ def _crop(picture: Pillow.Image, width: int, height: int) -> Pillow.Image:
     return picture.crop((left, top, left + width, top + height))
 
 
-def dicom_origin(path: Path) -> tuple[str | None, str | None]:
-    """The modality and a name for the patient that a DICOM file states; see `dicom.read_origin`.
+def dicom_origin(path: Path) -> tuple[bool, str | None, str | None]:
+    """What a DICOM file states of its image and its patient; see `dicom.read_origin`.
 
     Raises `ImageError` for a file that cannot be read as DICOM.
     """
@@ -223,6 +230,8 @@ def decoding(name: str) -> Iterator[None]:
         except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
             raise ImageError(*unreadable(name, error)) from None  # perhaps gone meanwhile
         except Exception as error:
+            if found := of_machine(name, error):
+                raise found from None
             raise ImageError(
                 f"{name} is damaged, incomplete or of an unsupported variant "
                 f"({type(error).__name__}).",
@@ -253,7 +262,7 @@ def check_file(path: Path, name: str) -> None:
             raise ImageError(f"{name} is not a regular file.", "Give an image file.")
         path.open("rb").close()
     except OSError as error:
-        raise ImageError(*unreadable(name, error)) from None
+        raise (of_machine(name, error) or ImageError(*unreadable(name, error))) from None
 
 
 def _head(path: Path, name: str) -> bytes:

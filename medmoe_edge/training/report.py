@@ -21,7 +21,7 @@ from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 
 from medmoe_edge.atomic import atomic_file
-from medmoe_edge.errors import DataError, MissingDependencyError
+from medmoe_edge.errors import DataError, MissingDependencyError, of_machine
 from medmoe_edge.training.recipe import PrecisionChoice
 
 LOG, TABLE, PRECISION, RUN = "log.jsonl", "log.csv", "precision.json", "run.json"
@@ -69,7 +69,8 @@ def begin_run(
         try:
             begun = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise DataError(f"{file} is damaged.", "Start in a new folder.") from error
+            damaged = DataError(f"{file} is damaged.", "Start in a new folder.")
+            raise (of_machine(str(file), error) or damaged) from error
         if begun == own:
             return
         if any((folder / f"{phase}.safetensors").exists() for phase in phases):
@@ -119,7 +120,8 @@ def choose_precision(choice: PrecisionChoice, device: torch.device, kept: Path) 
             data = json.loads(kept.read_text(encoding="utf-8"))
             begun = ChosenPrecision(data["name"], data["ratio"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{kept} is damaged.", "Start in a new folder.") from error
+            damaged = DataError(f"{kept} is damaged.", "Start in a new folder.")
+            raise (of_machine(str(kept), error) or damaged) from error
         if choice not in ("auto", begun.name):
             raise DataError(
                 f"The run in {kept.parent} was begun in {begun.name}.",

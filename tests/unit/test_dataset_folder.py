@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from listen_process import study
 from PIL import Image as Pillow
+from pydicom.uid import BasicTextSRStorage
 
 from medmoe_edge.calibration.data import read_calibration
-from medmoe_edge.data.datasets import read_examples, read_labels
-from medmoe_edge.data.folder import LabelOptions, add_labels, split_evenly
+from medmoe_edge.data.datasets import read_examples, read_labels, split_evenly
+from medmoe_edge.data.folder import LabelOptions, add_labels
 from medmoe_edge.data.prepare import add_questions, prepare
 from medmoe_edge.errors import DataError, InputError
 from medmoe_edge.image.loading import dicom_origin
@@ -121,9 +122,24 @@ def test_dicom_says_modality_and_patient_but_not_whose(tmp_path: Path) -> None:
     saved(tmp_path / "in", study(), "scan")  # archives leave suffixes out
     labels(tmp_path / "in", tmp_path / "out")
     (row,) = map(json.loads, (tmp_path / "out/labels.jsonl").read_text().splitlines())
-    assert row["modality"] == dicom_origin(tmp_path / "in" / "scan")[0]
+    assert row["modality"] == dicom_origin(tmp_path / "in" / "scan")[1]
     assert len(row["patient"]) == 16
     assert row["patient"] != study().PatientID
+
+
+def test_dicom_is_known_by_what_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Not by its name, which may be a UID; what holds no image is left out, and told of."""
+    (tmp_path / "in").mkdir()
+    saved(tmp_path / "in", study(), "1.2.840.10008.7")
+    report = study()
+    report.SOPClassUID = report.file_meta.MediaStorageSOPClassUID = BasicTextSRStorage
+    del report.PixelData
+    saved(tmp_path / "in", report, "report.dcm")
+    (tmp_path / "in" / "notes.1.txt").write_text("no DICOM")
+    labels(tmp_path / "in", tmp_path / "out", modality="ct")
+    (row,) = map(json.loads, (tmp_path / "out/labels.jsonl").read_text().splitlines())
+    assert row["image"] == "images/in/1.2.840.10008.7"
+    assert "1 DICOM objects without an image" in caplog.text
 
 
 def test_slices_of_a_study_without_a_patient_stay_together(tmp_path: Path) -> None:

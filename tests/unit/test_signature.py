@@ -308,7 +308,7 @@ def test_a_manifest_that_changes_while_it_is_written_is_refused(
     def put_back(text: bytes) -> None:
         (bundle / MANIFEST).write_bytes(other)
 
-    monkeypatch.setattr("medmoe_edge.bundle.bundle.vouch_for", put_back)
+    monkeypatch.setattr("medmoe_edge.bundle.trust.vouch_for", put_back)
     with pytest.raises(BundleError, match="changed meanwhile"):
         write_verification(opened, {"passed": True})
 
