@@ -229,7 +229,7 @@ def _runs_on(tensorrt: Version, jetson: Jetson) -> bool:
         return True
     jetpack = parse_version(jetson.jetpack or "")
     boards = (None, "AGX Orin", "Thor")
-    return tensorrt >= (11, 4) and jetpack >= (7, 2, 2) and jetson.board in boards
+    return tensorrt >= (11, 4, 1) and jetpack >= (7, 2, 2) and jetson.board in boards
 
 
 def parse_version(text: str) -> Version:

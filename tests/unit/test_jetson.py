@@ -160,7 +160,7 @@ def test_a_tensorrt_that_is_too_old_is_refused(version: str) -> None:
     ("version", "found"),
     [
         *(("11.4.1", of("Orin NX", "7.2.2")), ("11.4.1", of("AGX Orin", "7.2"))),
-        *(("11.4.1", of("Orin Nano", "6.2")), ("11.3.0", of("AGX Orin", "7.2.2"))),
+        *(("11.4.1", of("Orin Nano", "6.2")), ("11.4.0", of("AGX Orin", "7.2.2"))),
     ],
 )
 def test_a_tensorrt_that_the_jetpack_does_not_run_is_refused(version: str, found: Jetson) -> None:
