@@ -32,20 +32,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
-from medmoe_edge.atomic import atomic_file
+from medmoe_edge.atomic import atomic_file, file_sha256
 from medmoe_edge.bundle import trust
 from medmoe_edge.bundle.machine import Machine
 from medmoe_edge.bundle.trust import (
     check_signature,
     read_private_key,
     remember_intact,
+    settled,
     vouch_for,
     was_intact,
     write_signature,
 )
 from medmoe_edge.config import Confidence, Config, ModelConfig
 from medmoe_edge.config_contrastive import ModalityConfig, Scores
-from medmoe_edge.errors import BundleError, ConfigError, ResourceError, VerificationError
+from medmoe_edge.errors import BundleError, ConfigError, Notice, ResourceError, VerificationError
 
 TargetName = Literal["onnxruntime", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt"]
 DType = Literal["fp32", "fp16", "bf16"]
@@ -207,6 +208,11 @@ class AnyBundle(Generic[C]):
         return "not measured" if self.verification is None else status_of(self.verification)
 
     @property
+    def warnings(self) -> tuple[Notice, ...]:
+        """What its checkpoint had to say of itself: it holds of the bundle's answers, too."""
+        return tuple(Notice(**each) for each in self.manifest.get("warnings", ()))
+
+    @property
     def verified_on(self) -> Machine | None:
         """The machine of that record; None where none was recorded. Raises `ConfigError`."""
         machine = (self.verification or {}).get("machine")
@@ -319,8 +325,7 @@ def write_manifest(folder: Path, contents: Mapping[str, Any]) -> None:
     """Hash every file of `folder` and write the manifest, the last file of a new bundle."""
     files = {}
     for path in sorted(folder.iterdir()):
-        with path.open("rb") as file:
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(file)}
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     _store(folder, {"format_version": FORMAT_VERSION, **contents, "files": files})
 
 
@@ -494,18 +499,13 @@ def _seal(manifest: Mapping[str, Any]) -> str:
 
 
 def _hashes_to(path: Path, sha256: str) -> bool:
-    large = path.stat().st_size >= trust.LARGE
+    seen, large = settled(path), path.stat().st_size >= trust.LARGE
     if large and was_intact(path, sha256):
         return True
-    with path.open("rb") as file:
-        right = _sha256(file) == sha256
+    right = file_sha256(path) == sha256
     if right and large:
-        remember_intact(path, sha256)
+        remember_intact(path, sha256, seen)
     return right
-
-
-def _sha256(file: Any) -> str:
-    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)

@@ -188,13 +188,18 @@ def was_intact(path: Path, sha256: str) -> bool:
     return _read_record(_record(path)) == _state(path.stat(), sha256)
 
 
-def remember_intact(path: Path, sha256: str) -> None:
-    """Keep in the user's cache that the file has this hash, unless it was just written.
+def settled(path: Path) -> os.stat_result | None:
+    """What the file is, before it is hashed: a write meanwhile then counts. None if it is new."""
+    seen = path.stat()
+    return None if time.time_ns() - seen.st_ctime_ns < SETTLED else seen
+
+
+def remember_intact(path: Path, sha256: str, seen: os.stat_result | None) -> None:
+    """Keep in the user's cache that the file, as it was `settled`, has this hash.
 
     Where the cache cannot be written, the file is hashed again next time.
     """
-    seen = path.stat()
-    if time.time_ns() - seen.st_ctime_ns < SETTLED:
+    if seen is None:
         return
     record = _record(path)
     with contextlib.suppress(OSError):

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from medmoe_edge.atomic import file_sha256
 from medmoe_edge.bundle import bundle, trust
 from medmoe_edge.bundle.bundle import (
     FORMAT_VERSION,
@@ -278,12 +279,11 @@ def test_a_large_file_is_hashed_once(
     monkeypatch.setattr(trust, "SETTLED", 0)
     hashed: list[str] = []
 
-    def sha256(file: Any) -> str:
-        hashed.append(Path(file.name).name)
-        return real(file)
+    def sha256(path: Path) -> str:
+        hashed.append(path.name)
+        return file_sha256(path)
 
-    real = bundle._sha256
-    monkeypatch.setattr(bundle, "_sha256", sha256)
+    monkeypatch.setattr(bundle, "file_sha256", sha256)
     Bundle.open(folder)
     assert sorted(hashed) == sorted(FILES)
     Bundle.open(folder)
