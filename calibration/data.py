@@ -34,7 +34,13 @@ from medmoe_edge.data.datasets import (
     read_labels,
 )
 from medmoe_edge.data.folder import SUMMARY
-from medmoe_edge.errors import DataError, ImageError, InputError, MissingDependencyError
+from medmoe_edge.errors import (
+    DataError,
+    ImageError,
+    InputError,
+    MissingDependencyError,
+    of_machine,
+)
 from medmoe_edge.image.loading import Decoded, decoding, load_image
 from medmoe_edge.image.pixels import (
     HEAD_BYTES,
@@ -233,11 +239,10 @@ def _line_samples(record: Record, identity: str, root: Path) -> Iterator[Sample]
 def _text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError):  # ValueError: no UTF-8
-        raise DataError(
-            f"{shown_name(file)} cannot be read as a list of questions.",
-            "Give a JSONL file, or the folder that the images lie in.",
-        ) from None
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8
+        what = f"{shown_name(file)} cannot be read as a list of questions."
+        other = DataError(what, "Give a JSONL file, or the folder that the images lie in.")
+        raise (of_machine(shown_name(file), error) or other) from None
 
 
 def _head(file: Path) -> bytes:

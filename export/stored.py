@@ -22,7 +22,7 @@ from medmoe_edge._types import there
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.bundle.recorded import DELTA
 from medmoe_edge.config import ModelConfig, VisionConfig
-from medmoe_edge.errors import BundleError
+from medmoe_edge.errors import BundleError, of_machine
 from medmoe_edge.export.builder import (
     CONTRIB,
     Builder,
@@ -115,7 +115,8 @@ def load_graph(path: Path) -> ir.Model:
     try:
         return ir.load(path)
     except Exception as error:  # protobuf and onnx-ir raise what they like
-        raise BundleError(f"{path} cannot be read.", "Copy or export it again.") from error
+        damaged = BundleError(f"{path} cannot be read.", "Copy or export it again.")
+        raise (of_machine(str(path), error) or damaged) from error
 
 
 class StoredWeights:

@@ -158,15 +158,37 @@ def unreadable(what: str, error: OSError) -> tuple[str, str]:
     return f"{what} cannot be opened: {reason}.", "Check the path and its permissions."
 
 
+OF_MACHINE = {errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN}
+
+
+def of_machine(what: str, error: BaseException | None) -> ResourceError | None:
+    """The error to raise where the machine is at fault and not the file: another time it is read.
+
+    Args:
+        what: As for `unreadable`.
+        error: Whatever was raised while the file was read.
+
+    Returns:
+        An error, or None where the file itself may be damaged or missing.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "Free some space, or write to another disk."
+        return ResourceError(f"{what}: no space left on device.", remedy)
+    if number not in OF_MACHINE:
+        return None
+    return ResourceError(
+        f"{what} cannot be read now: {os.strerror(number).lower()}.",
+        "The machine is at fault, not the file: close other programs, check its disk, try again.",
+    )
+
+
 def system_error(error: OSError | MemoryError) -> MedMoEError:
     """What the system refused, as one of our errors."""
     if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
         return ResourceError("There is not enough memory.", "Close other programs and try again.")
     name = str(error.filename or "A file")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        what = f"{name}: {(error.strerror or 'no space').lower()}."
-        return ResourceError(what, "Free some space, or write to another disk.")
-    return InputError(*unreadable(name, error))
+    return of_machine(name, error) or InputError(*unreadable(name, error))
 
 
 _WORDS: dict[Any, str] = {

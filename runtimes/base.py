@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from medmoe_edge._types import Floats
 from medmoe_edge.config import ModelConfig, MoEConfig
-from medmoe_edge.errors import BundleError, Notice
+from medmoe_edge.errors import BundleError, Notice, of_machine
 from medmoe_edge.prompt import Tokenizer
 
 CacheArray = npt.NDArray[np.floating[Any]]
@@ -331,7 +331,7 @@ class EmbeddingTable:
             table = np.load(path, mmap_mode="r", allow_pickle=False)
             self._file = path.open("rb", buffering=0)  # os.pread is not on every system
         except (OSError, EOFError, ValueError) as error:
-            raise _damaged(path) from error
+            raise (of_machine(str(path), error) or _damaged(path)) from error
         weakref.finalize(self, self._file.close)
         self._dtype, self._width, self._start = table.dtype, table.shape[1], table.offset
 

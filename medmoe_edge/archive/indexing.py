@@ -37,7 +37,7 @@ from medmoe_edge.atomic import file_sha256
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.contrastive.engine import ModalityEngine
 from medmoe_edge.contrastive.features import unit
-from medmoe_edge.errors import ImageError, InputError, MissingDependencyError, Told
+from medmoe_edge.errors import ImageError, InputError, MissingDependencyError, Told, of_machine
 from medmoe_edge.image.loading import load_image, preprocess
 from medmoe_edge.image.pixels import Image, pick_frame
 
@@ -209,7 +209,7 @@ def index_folder(
     Hidden files and folders are left out. Files of the same size and time of change are not read
     again; the same picture, moved or copied, is not embedded again. Killed at any moment, the index
     is as it was at the last commit. Raises `InputError` as `ArchiveWriter` does, and for a folder
-    that cannot be read.
+    that cannot be read; `ResourceError` where the machine does not let a file be read.
     """
     started = time.perf_counter()
     root, index = Path(folder).resolve(), Path(index)
@@ -258,7 +258,9 @@ class _Work:
                 self.unchanged += 1
             else:
                 self._put(path, same, load_image(self.root / path))
-        except (OSError, ImageError, MissingDependencyError):
+        except (OSError, ImageError, MissingDependencyError) as error:
+            if trouble := of_machine(path, error):
+                raise trouble from error
             self.skipped.append(path)  # and what was known of it goes with the gone
         else:
             self.known.pop(path, None)
@@ -298,6 +300,8 @@ def _files(root: Path, index: Path) -> tuple[list[str], list[str]]:
 
     def skip(error: OSError) -> None:
         below = os.path.relpath(error.filename, root)
+        if trouble := of_machine(below, error):
+            raise trouble from error
         if below == os.curdir:  # all that is indexed would count as gone
             raise error
         unread.append(below)

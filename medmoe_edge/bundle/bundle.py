@@ -33,20 +33,24 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from medmoe_edge.atomic import atomic_file, file_sha256
-from medmoe_edge.bundle import trust
 from medmoe_edge.bundle.machine import Machine
 from medmoe_edge.bundle.trust import (
     check_signature,
+    hashes_to,
     read_private_key,
-    remember_intact,
-    settled,
     vouch_for,
-    was_intact,
     write_signature,
 )
 from medmoe_edge.config import Confidence, Config, ModelConfig
 from medmoe_edge.config_contrastive import ModalityConfig, Scores
-from medmoe_edge.errors import BundleError, ConfigError, Notice, ResourceError, VerificationError
+from medmoe_edge.errors import (
+    BundleError,
+    ConfigError,
+    Notice,
+    ResourceError,
+    VerificationError,
+    of_machine,
+)
 
 TargetName = Literal["onnxruntime", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt"]
 DType = Literal["fp32", "fp16", "bf16"]
@@ -241,11 +245,11 @@ class AnyBundle(Generic[C]):
         """Raise `BundleError` unless a file has the size and the hash that the manifest tells."""
         path, entry = self.folder / name, self.manifest["files"][name]
         try:
-            intact = path.stat().st_size == entry["bytes"] and _hashes_to(path, entry["sha256"])
+            intact = path.stat().st_size == entry["bytes"] and hashes_to(path, entry["sha256"])
         except OSError as error:
-            raise BundleError(
-                f"{path} cannot be read ({error.strerror}).", "Copy or export the bundle again."
-            ) from error
+            what = f"{path} cannot be read ({error.strerror})."
+            gone = BundleError(what, "Copy or export the bundle again.")
+            raise (of_machine(str(path), error) or gone) from error
         if not intact:
             raise BundleError(
                 f"{path} was changed or is incomplete: it does not match the manifest.",
@@ -444,10 +448,9 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise BundleError(
-            f"{path} cannot be read ({error.strerror}).",
-            "Give a bundle folder, made by: medmoe-edge export",
-        ) from error
+        what = f"{path} cannot be read ({error.strerror})."
+        missing = BundleError(what, "Give a bundle folder, made by: medmoe-edge export")
+        raise (of_machine(str(path), error) or missing) from error
 
 
 def _parse(folder: Path, text: bytes) -> dict[str, Any]:
@@ -496,16 +499,6 @@ def _seal(manifest: Mapping[str, Any]) -> str:
     """The hash of all else in a manifest, which it carries: against damage, not forgery."""
     rest = {key: value for key, value in manifest.items() if key != SEAL}
     return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
-
-
-def _hashes_to(path: Path, sha256: str) -> bool:
-    seen, large = settled(path), path.stat().st_size >= trust.LARGE
-    if large and was_intact(path, sha256):
-        return True
-    right = file_sha256(path) == sha256
-    if right and large:
-        remember_intact(path, sha256, seen)
-    return right
 
 
 @dataclass(frozen=True)

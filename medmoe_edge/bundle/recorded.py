@@ -29,7 +29,7 @@ import numpy.typing as npt
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import AnyBundle, AnyBundleT, Bundle, write_verification
 from medmoe_edge.config import Config
-from medmoe_edge.errors import BundleError, ConfigError
+from medmoe_edge.errors import BundleError, ConfigError, of_machine
 
 INLINE_BYTES = 1024  # smaller tensors lie in the graph itself: shapes, scalars, short biases
 NODE, GRAPH, INITIALIZER = 1, 7, 5  # of a graph; of a model; of a graph
@@ -453,4 +453,5 @@ def read_recorded(bundle: AnyBundle[Any]) -> Recorded:
         *(OSError, ValueError, LookupError, TypeError, AttributeError),
         *(zipfile.BadZipFile, RecursionError, ConfigError),
     ) as error:
-        raise BundleError(f"{path} is damaged ({type(error).__name__}).", REMEDY) from error
+        damaged = BundleError(f"{path} is damaged ({type(error).__name__}).", REMEDY)
+        raise (of_machine(str(path), error) or damaged) from error

@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from medmoe_edge.atomic import atomic_file
+from medmoe_edge.atomic import atomic_file, file_sha256
 from medmoe_edge.errors import BundleError, InputError, needs, unreadable
 
 if TYPE_CHECKING:
@@ -181,6 +181,17 @@ def _read(path: Path, what: str) -> tuple[bytes, int]:
             return file.read(LARGEST), stat.S_IMODE(os.fstat(file.fileno()).st_mode)
     except OSError as error:
         raise InputError(*unreadable(what, error)) from error
+
+
+def hashes_to(path: Path, sha256: str) -> bool:
+    """Whether a file has this hash; a large one is read only where that is not known."""
+    seen, large = settled(path), path.stat().st_size >= LARGE
+    if large and was_intact(path, sha256):
+        return True
+    right = file_sha256(path) == sha256
+    if right and large:
+        remember_intact(path, sha256, seen)
+    return right
 
 
 def was_intact(path: Path, sha256: str) -> bool:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from medmoe_edge.atomic import file_sha256
 from medmoe_edge.bundle.bundle import MANIFEST
 from medmoe_edge.bundle.trust import SIGNATURE
-from medmoe_edge.errors import CheckpointError, InputError
+from medmoe_edge.errors import CheckpointError, InputError, of_machine
 
 RECORD = "pulled.json"
 CONFIG = "config.json"
@@ -235,9 +235,9 @@ class Pulled:
             )
             return cls(folder, repository, path, revision, commit, endpoint, files)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{file} is damaged.", "Remove it, or pull the checkpoint again."
-            ) from error
+            remedy = "Remove it, or pull the checkpoint again."
+            damaged = CheckpointError(f"{file} is damaged.", remedy)
+            raise (of_machine(str(file), error) or damaged) from error
 
 
 def published(folder: Path, hashes: Mapping[str, str]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from medmoe_edge.checkpoint.keys import (
     with_qwen,
 )
 from medmoe_edge.config import ModelConfig
-from medmoe_edge.errors import CheckpointError, ResourceError, shown_bytes
+from medmoe_edge.errors import CheckpointError, ResourceError, of_machine, shown_bytes
 
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -87,7 +87,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON.", _DOWNLOAD) from error
+        damaged = CheckpointError(f"{path} is not valid JSON.", _DOWNLOAD)
+        raise (of_machine(str(path), error) or damaged) from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} must hold a JSON object.", _DOWNLOAD)
     return data
@@ -99,7 +100,8 @@ def check_file(path: Path) -> None:
         with path.open("rb") as file:
             start = file.read(len(_LFS_POINTER))
     except OSError as error:
-        raise CheckpointError(f"{path} is missing or unreadable.", _DOWNLOAD) from error
+        missing = CheckpointError(f"{path} is missing or unreadable.", _DOWNLOAD)
+        raise (of_machine(str(path), error) or missing) from error
     if start == _LFS_POINTER:
         raise CheckpointError(
             f"{path} is a Git-LFS pointer, not the file itself.",
@@ -278,9 +280,8 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is truncated or not a safetensors file ({error}).", _DOWNLOAD
-        ) from error
+        what = f"{path} is truncated or not a safetensors file ({error})."
+        raise (of_machine(str(path), error) or CheckpointError(what, _DOWNLOAD)) from error
 
 
 SHARD_BYTES = 256 * 2**20

@@ -163,6 +163,9 @@ app = typer.Typer(
 
 def start(verbs: typer.Typer) -> None:
     """Run the command line of this process."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed: the next file that is opened would take its place
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     if not sys.warnoptions:  # meant for programmers, who can turn them on with python -W
         warnings.simplefilter("ignore")
     if isinstance(sys.stdout, io.TextIOWrapper):  # a locale may lack a question's letters

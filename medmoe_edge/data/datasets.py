@@ -17,7 +17,7 @@ from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
 
-from medmoe_edge.errors import DataError
+from medmoe_edge.errors import DataError, of_machine
 
 AnswerType = Literal["OPEN", "CLOSED"]
 Split = Literal["train", "val", "test"]
@@ -303,7 +303,8 @@ def read_text(file: Path) -> str:
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text.", "Save it as UTF-8.") from error
     except (OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be read.", "Give a readable file.") from error
+        other = DataError(f"{file} cannot be read.", "Give a readable file.")
+        raise (of_machine(str(file), error) or other) from error
 
 
 def files_below(folder: Path) -> Iterator[Path]:

@@ -35,7 +35,7 @@ from medmoe_edge.data.datasets import (
     safe_name,
 )
 from medmoe_edge.data.folder import Addition, Prepared, adding, set_name, split_evenly
-from medmoe_edge.errors import DataError, InputError, needs
+from medmoe_edge.errors import DataError, InputError, needs, of_machine
 
 Dataset = Literal["slake", "vqa-rad", "pathvqa"]
 
@@ -109,7 +109,8 @@ class Download:
         try:
             return entry.read_bytes() if isinstance(entry, Path) else entry[0].read(entry[1])
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-            raise DataError(f"{where} is damaged.", "Download it again.") from error
+            damaged = DataError(f"{where} is damaged.", "Download it again.")
+            raise (of_machine(where, error) or damaged) from error
         except (RuntimeError, NotImplementedError) as error:  # encrypted, exotic compression
             raise DataError(f"{where} cannot be unpacked.", "Unpack the zip yourself.") from error
 

@@ -22,7 +22,7 @@ from medmoe_edge.bundle.recorded import Recorded
 from medmoe_edge.config import VisionConfig
 from medmoe_edge.config_contrastive import SwinConfig
 from medmoe_edge.data.datasets import Example
-from medmoe_edge.errors import BundleError
+from medmoe_edge.errors import BundleError, of_machine
 from medmoe_edge.evaluation.fidelity import (
     MAX_NEW_TOKENS,
     RecordedImage,
@@ -241,7 +241,7 @@ def _checked(bundle: Bundle | ModalityBundle, unpack: Callable[[], T]) -> T:
     try:
         return unpack()
     except (ValueError, LookupError, TypeError, OSError, Pillow.DecompressionBombError) as error:
-        raise BundleError(
-            f"The recorded inputs of {bundle.folder} are damaged ({type(error).__name__}).",
-            "Copy or export the bundle again.",
-        ) from error
+        what = f"The recorded inputs of {bundle.folder}"
+        damaged = f"{what} are damaged ({type(error).__name__})."
+        again = BundleError(damaged, "Copy or export the bundle again.")
+        raise (of_machine(what, error) or again) from error

@@ -188,6 +188,8 @@ def _read(file: BinaryIO, syntax: uid.UID | None, name: str, say: Say) -> Contai
     if syntax is not None:
         dataset.file_meta.TransferSyntaxUID = syntax
     pixels = _find_pixels(file, implicit, little, name, say)
+    if pixels is not None and not isinstance(file, _Inflated):  # of which much would be inflated
+        _add_misplaced(dataset, pixels, implicit)
     if pixels is not None and syntax == GE_BIG_ENDIAN_PIXELS:
         pixels = dataclasses.replace(pixels, little=False)
     return Container(Header(dataset, little=little), syntax, None, pixels)
@@ -215,6 +217,31 @@ def _find_pixels(
     count = int.from_bytes(length, order)  # type: ignore[arg-type]
     known = None if count == UNDEFINED else count
     return PixelElement(file, start, known, kind, vr != b"OB", little, name, say)
+
+
+def _add_misplaced(dataset: Dataset, pixels: PixelElement, implicit: bool) -> None:
+    """Add what stands behind the pixels although its tag belongs before them (PS3.5 7.1).
+
+    What was stated in its place stays. Padding and signatures, which do belong there, are not read.
+    """
+    file, order = pixels.file, "<HH" if pixels.little else ">HH"
+    end = pixels.start + (pixels.length or 0)
+    if pixels.length is None:
+        with contextlib.suppress(ImageError):  # told of when a frame is read
+            end = sum(_walk(pixels)[1][-1])
+        end += 8 * (
+            read_at(file, end, 4) == struct.pack(order, DELIMITER >> 16, DELIMITER & 0xFFFF)
+        )
+    head = read_at(file, end, 6)
+    group = struct.unpack(order, head[:4])[0] if len(head) == 6 else 0
+    if not 8 <= group < min(PIXEL_TAGS) >> 16 or not (implicit or head[4:] in KNOWN_VRS):
+        return
+    pixels.say("misplaced", "The file has attributes behind its pixels, where they do not belong.")
+    file.seek(end)
+    with contextlib.suppress(Exception):  # bytes that only looked like attributes
+        found = read_dataset(file, implicit, pixels.little)
+        for tag in set(found.keys()) - set(dataset.keys()):
+            dataset[tag] = found.get_item(tag)
 
 
 def read_at(file: BinaryIO, start: int, size: int) -> bytes:

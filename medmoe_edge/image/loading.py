@@ -24,7 +24,14 @@ from PIL import Image as Pillow
 
 from medmoe_edge.config import VisionConfig
 from medmoe_edge.config_contrastive import SwinConfig
-from medmoe_edge.errors import ImageError, MedMoEError, Notice, ResourceError, unreadable
+from medmoe_edge.errors import (
+    ImageError,
+    MedMoEError,
+    Notice,
+    ResourceError,
+    of_machine,
+    unreadable,
+)
 from medmoe_edge.image.pixels import (
     FLAT,
     HEAD_BYTES,
@@ -223,6 +230,8 @@ def decoding(name: str) -> Iterator[None]:
         except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
             raise ImageError(*unreadable(name, error)) from None  # perhaps gone meanwhile
         except Exception as error:
+            if found := of_machine(name, error):
+                raise found from None
             raise ImageError(
                 f"{name} is damaged, incomplete or of an unsupported variant "
                 f"({type(error).__name__}).",
@@ -253,7 +262,7 @@ def check_file(path: Path, name: str) -> None:
             raise ImageError(f"{name} is not a regular file.", "Give an image file.")
         path.open("rb").close()
     except OSError as error:
-        raise ImageError(*unreadable(name, error)) from None
+        raise (of_machine(name, error) or ImageError(*unreadable(name, error))) from None
 
 
 def _head(path: Path, name: str) -> bytes:

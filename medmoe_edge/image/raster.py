@@ -52,6 +52,7 @@ NEW_SUBFILE_TYPE, DESCRIPTION, IMAGE_DEPTH = 254, 270, 32997
 THUMBNAIL_OR_MASK = 0b101  # bits of it: of another page's, at a lower resolution; a mask
 STRIP_OFFSETS, STRIP_SIZES = 273, 279
 TILE_WIDTH, TILE_LENGTH, TILE_OFFSETS, TILE_SIZES = 322, 323, 324, 325
+DEFLATED, FILL_ORDER = (8, 32946), 266
 PHOTOMETRIC, FAX = TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, (2, 3, 4, 32771)
 PHOTOMETRIC_NAMES = {
     **{0: "grey", 1: "grey", 2: "RGB", 3: "palette", 4: "mask", 5: "CMYK", 6: "YCbCr", 8: "Lab"},
@@ -100,7 +101,7 @@ def read_raster(path: Path, frame: int | None, most_pixels: int = MAX_PIXELS) ->
         turned = picture.getexif().get(ORIENTATION)
         if isinstance(picture, TiffImagePlugin.TiffImageFile):
             _correct_reading(picture)
-            _load_tiff(picture, path.stat().st_size)
+            _load_tiff(picture, path)
         else:
             picture.load()
             if picture.format in ("JPEG", "MPO"):
@@ -309,10 +310,11 @@ def _correct_reading(picture: TiffImagePlugin.TiffImageFile) -> None:
         picture.palette = ImagePalette.raw("RGB;L", bytes(colours))
 
 
-def _load_tiff(picture: TiffImagePlugin.TiffImageFile, file_bytes: int) -> None:
+def _load_tiff(picture: TiffImagePlugin.TiffImageFile, path: Path) -> None:
     """Decode a page, which also turns it upright.
 
-    Raises `OSError` "truncated" where its strips or tiles lead out of the file.
+    Raises `OSError` "truncated" where its strips or tiles lead out of the file, `zlib.error` where
+    deflated ones do not match their sums, which libtiff does not look at.
     """
     tags = picture.tag_v2
     tiles = TILE_OFFSETS in tags
@@ -324,9 +326,27 @@ def _load_tiff(picture: TiffImagePlugin.TiffImageFile, file_bytes: int) -> None:
         picture.load()
     except OSError:
         ends = (start + size for start, size in zip(starts, sizes, strict=False))
-        if any(end > file_bytes for end in ends):
+        if any(end > path.stat().st_size for end in ends):
             raise OSError("truncated") from None
         raise
+    if tags.get(TiffImagePlugin.COMPRESSION) in DEFLATED and tags.get(FILL_ORDER, 1) == 1:
+        for start, size in zip(starts, sizes, strict=False):
+            _check_sum(path, start, size)
+
+
+def _check_sum(path: Path, start: int, size: int) -> None:
+    """Raise `zlib.error` where deflated data are not what their Adler-32 says (RFC 1950).
+
+    And `OSError` where they have no end, as damaged ones go on after the picture is full.
+    """
+    with path.open("rb") as file:
+        file.seek(start)
+        data, inflater = file.read(size), zlib.decompressobj()
+    while data and not inflater.eof:
+        inflater.decompress(data, PIECE)
+        data = inflater.unconsumed_tail
+    if not inflater.eof:
+        raise OSError("truncated")
 
 
 def _check_tiles(picture: Pillow.Image, name: str, most_pixels: int) -> None:

@@ -36,6 +36,7 @@ from medmoe_edge.errors import (
     MissingDependencyError,
     Notice,
     ResourceError,
+    of_machine,
 )
 from medmoe_edge.image.loading import decoding, load_image
 from medmoe_edge.image.pixels import HEAD_BYTES, MAX_PIXELS, Image, is_dicom, shown_name
@@ -376,7 +377,11 @@ def _answer(path: Path, request: dict[str, Any]) -> _Answer:
             return _read(path, request)
     except MissingDependencyError as error:
         return _failed(error)
-    except (MemoryError, ResourceError):
+    except (MemoryError, ResourceError, OSError) as error:
+        if found := of_machine(NAME, error) or of_machine(NAME, error.__context__):
+            return _failed(found)
+        if isinstance(error, OSError):
+            raise
         what = f"{NAME} takes more memory to decode than the limit of {request['megabytes']:,} MiB."
         return _failed(ImageError(what, "Shrink it or crop it first."))
     except MedMoEError as error:

@@ -31,7 +31,7 @@ from torch.optim import AdamW, Muon, Optimizer
 from torch.utils.data import DataLoader
 
 from medmoe_edge.checkpoint.keys import is_router
-from medmoe_edge.errors import DataError, MissingDependencyError, ResourceError
+from medmoe_edge.errors import DataError, MissingDependencyError, ResourceError, of_machine
 from medmoe_edge.training.recipe import PrecisionChoice, Schedule
 from medmoe_edge.training.report import (
     LOG,
@@ -185,10 +185,11 @@ def load_state(path: Path, module: nn.Module, optimisers: Sequence[torch.optim.O
         if RANDOM in tensors:
             torch.set_rng_state(tensors[RANDOM])
     except (OSError, SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise DataError(
+        other = DataError(
             f"The training state {path.name} is damaged or of another recipe.",
             "Use the recipe it was made with, or start in a new folder.",
-        ) from error
+        )
+        raise (of_machine(str(path), error) or other) from error
     return epoch
 
 

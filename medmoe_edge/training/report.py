@@ -21,7 +21,7 @@ from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 
 from medmoe_edge.atomic import atomic_file
-from medmoe_edge.errors import DataError, MissingDependencyError, Options
+from medmoe_edge.errors import DataError, MissingDependencyError, Options, of_machine
 from medmoe_edge.training.recipe import PrecisionChoice
 
 LOG, TABLE, PRECISION, RUN = "log.jsonl", "log.csv", "precision.json", "run.json"
@@ -84,7 +84,8 @@ def choose_precision(choice: PrecisionChoice, device: torch.device, kept: Path) 
             data = json.loads(kept.read_text(encoding="utf-8"))
             begun = ChosenPrecision(data["name"], data["ratio"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{kept} is damaged.", "Start in a new folder.") from error
+            damaged = DataError(f"{kept} is damaged.", "Start in a new folder.")
+            raise (of_machine(str(kept), error) or damaged) from error
         if choice not in ("auto", begun.name):
             raise DataError(
                 f"The run in {kept.parent} was begun in {begun.name}.",

@@ -39,7 +39,7 @@ from medmoe_edge.data.datasets import (
     read_findings,
     read_labels,
 )
-from medmoe_edge.errors import DataError, ResourceError
+from medmoe_edge.errors import DataError, ResourceError, of_machine
 from medmoe_edge.models.med_moe import (
     FRONT_STAGES,
     EfficientNetLite,
@@ -312,7 +312,8 @@ def _prepare_folder(out: Path, recipe: Recipe, read: Checkpoint | None, corpus: 
         try:
             begun = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise DataError(f"{file} is damaged.", "Start in a new folder.") from error
+            damaged = DataError(f"{file} is damaged.", "Start in a new folder.")
+            raise (of_machine(str(file), error) or damaged) from error
         if begun == json.loads(json.dumps(told)):
             return
         if any((out / f"{phase}.safetensors").exists() for phase in ("tower", *PHASES)):

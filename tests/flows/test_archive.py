@@ -1,5 +1,6 @@
 """The archive: what is found, what is read again, and what is left when it is killed."""
 
+import errno
 import functools
 import os
 import signal
@@ -321,6 +322,28 @@ def test_only_what_is_new_or_changed_is_read(folder: Path, engine: FakeEngine) -
     assert counts(made) == (8, 1, 2, 5, 3)
     assert made.skipped_files == ("4.png", "broken.png", "notes.txt")
     assert engine.embedded == 11
+
+
+@pytest.mark.parametrize("what", ["stat", "open", "scandir"])
+def test_what_the_disk_does_not_give_now_is_not_taken_for_gone(
+    what: str, folder: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update(folder, engine)
+    os.utime(folder / "3.png", ns=(1, 1))
+    owner = os if what == "scandir" else Path
+    read = getattr(owner, what)
+
+    def troubled(path: Any, *arguments: Any, **options: Any) -> Any:
+        if Path(path).name in ("3.png", "more"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read(path, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, what, troubled)
+        with pytest.raises(ResourceError, match="cannot be read now: input/output error"):
+            update(folder, engine)
+    with Archive(folder / "index", MODEL["sha256"]) as archive:
+        assert len(archive) == 10
 
 
 def test_names_that_are_no_text(folder: Path, engine: FakeEngine) -> None:

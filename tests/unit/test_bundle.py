@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medmoe_edge.atomic import file_sha256
-from medmoe_edge.bundle import bundle, trust
+from medmoe_edge.bundle import trust
 from medmoe_edge.bundle.bundle import (
     FORMAT_VERSION,
     MANIFEST,
@@ -283,7 +283,7 @@ def test_a_large_file_is_hashed_once(
         hashed.append(path.name)
         return file_sha256(path)
 
-    monkeypatch.setattr(bundle, "file_sha256", sha256)
+    monkeypatch.setattr(trust, "file_sha256", sha256)
     Bundle.open(folder)
     assert sorted(hashed) == sorted(FILES)
     Bundle.open(folder)

@@ -524,6 +524,45 @@ def test_neither_preamble_nor_group_2(implicit: bool, little: bool, tmp_path: Pa
     assert np.abs(grey(path) - SHOWN).max() <= 1
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(("implicit", "little"), [(False, True), (False, False), (True, True)])
+def test_attributes_behind_the_pixels_count_where_nothing_else_says_the_same(
+    native: bool, implicit: bool, little: bool, tmp_path: Path
+) -> None:
+    def written(dataset: Dataset) -> bytes:
+        file = io.BytesIO()
+        dcmwrite(file, dataset, implicit_vr=implicit, little_endian=little)
+        return file.getvalue()
+
+    dataset = twelve(WindowCenter="1000", WindowWidth=None)
+    del dataset.file_meta, dataset.WindowWidth
+    dataset.PixelData = DEEP.astype("<u2" if little else ">u2").tobytes()
+    late = Dataset()
+    late.Rows, late.WindowCenter, late.WindowWidth = 3, "7", "501"
+    data = written(dataset)
+    if not native:
+        if implicit or not little:
+            pytest.skip("compressed pixels are in explicit little endian")
+        del dataset.PixelData
+        pixels = fragmented([imagecodecs.jpegls_encode(DEEP)], [])
+        data = written(dataset) + b"\xe0\x7f\x10\0OB\0\0\xff\xff\xff\xff" + pixels
+    path = tmp_path / "late"
+    path.write_bytes(data + written(late))
+    expected = np.rint(np.clip((DEEP - 999.5) / 500 + 0.5, 0, 1) * 255)
+    assert np.abs(grey(path) - expected).max() <= 1
+    assert codes(path) == ["misplaced"]
+
+
+@pytest.mark.parametrize(
+    "behind", [bytes(64), b"\xfc\xff\xfc\xffOB\0\0\4\0\0\0abcd", b"\x28\0\x50"]
+)
+def test_padding_behind_the_pixels_is_nothing(behind: bytes, tmp_path: Path) -> None:
+    path = saved(tmp_path, twelve())
+    path.write_bytes(path.read_bytes() + behind)
+    assert np.abs(grey(path) - SHOWN).max() <= 1
+    assert codes(path) == []
+
+
 @pytest.mark.parametrize("cut", [128, 132])
 def test_group_2_without_a_preamble(cut: int, tmp_path: Path) -> None:
     path = saved(tmp_path, twelve())

@@ -398,6 +398,27 @@ def test_thumbnails_are_no_pages(read: Any) -> None:
     np.testing.assert_array_equal(image.pixels, three(GREY))
 
 
+@pytest.mark.parametrize("options", [{}, {"tile": (16, 16)}, {"rowsperstrip": 5, "predictor": 2}])
+def test_a_changed_bit_in_a_deflated_tiff_is_noticed(options: dict[str, Any], read: Any) -> None:
+    file = io.BytesIO()
+    tifffile.imwrite(file, SMOOTH, compression="zlib", **options)
+    whole = file.getvalue()
+    np.testing.assert_array_equal(read(whole).pixels, three(SMOOTH))
+    with tifffile.TiffFile(io.BytesIO(whole)) as tiff:
+        places = [
+            tiff.pages[0].dataoffsets[-1] + i for i in range(2, tiff.pages[0].databytecounts[-1])
+        ]
+    refused = 0
+    for place in places:
+        try:
+            image = read(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        except ImageError:
+            refused += 1
+        else:  # a bit between the last code and the sum
+            np.testing.assert_array_equal(image.pixels, three(SMOOTH))
+    assert refused >= len(places) - 1
+
+
 def test_of_a_tiff_that_was_cut_off_only_a_whole_page_is_shown(read: Any) -> None:
     file = io.BytesIO()
     with tifffile.TiffWriter(file) as writer:

@@ -14,7 +14,7 @@ from dicom_files import made
 from PIL import Image as Pillow
 from pydicom import dcmwrite
 
-from medmoe_edge.errors import ImageError
+from medmoe_edge.errors import ImageError, ResourceError
 from medmoe_edge.image.loading import load_image
 from medmoe_edge.image.worker import Bounds, held, read_apart, read_for_display, warm_up
 
@@ -129,6 +129,27 @@ def test_it_ends_with_the_one_that_started_it(scan: Path) -> None:
     while Path(f"/proc/{process}/exe").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits another process")
+def test_trouble_of_the_machine_is_not_the_file_s(scan: Path) -> None:
+    import resource
+
+    refused: list[str] = []
+    read_apart(scan)
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for allowed in range(4, 12):  # files that it may open, from none on
+        for process in children():
+            resource.prlimit(process, resource.RLIMIT_NOFILE, (allowed, hard))
+        try:
+            read_apart(scan)
+        except ResourceError as error:
+            refused.append(error.what)
+        for process in children():
+            resource.prlimit(process, resource.RLIMIT_NOFILE, (limit, hard))
+    assert refused
+    assert set(refused) == {"The image cannot be read now: too many open files."}
+    assert read_apart(scan).frames == 1
 
 
 def test_what_takes_too_long_is_refused_and_the_next_is_read(scan: Path) -> None:
