@@ -22,7 +22,7 @@ from medmoe_edge._types import Progress, no_progress
 from medmoe_edge.atomic import check_apart
 from medmoe_edge.bundle.bundle import model_kind
 from medmoe_edge.embedded import EMBEDDED, bundle_path, checkpoint_path
-from medmoe_edge.errors import InputError, checked, needs, system_error
+from medmoe_edge.errors import InputError, check_all, checked, needs, system_error
 from medmoe_edge.families import AnswerScores, check_calibratable, family_of
 from medmoe_edge.pipeline import (
     CalibrateOptions,
@@ -137,9 +137,12 @@ def load(
             package is missing.
         InputError: The options do not go together, or the budget is too small.
     """
-    name = _named(model, "model")
-    checked(drop_pages, bool, "drop_pages")
-    checked(allow_repetition, bool, "allow_repetition")
+    check_all(
+        model=(model, Path),
+        drop_pages=(drop_pages, bool),
+        allow_repetition=(allow_repetition, bool),
+    )
+    name = os.fspath(model)
     if _kind(name) != "modality-moe":
         from medmoe_edge.engine.engine import load as load_engine
 

@@ -200,6 +200,7 @@ _WORDS: dict[Any, str] = {
     Sequence: "a list of texts",
     tuple: "a list of texts",
     Iterable: "a list",
+    Mapping: "a mapping",
     types.NoneType: "None",
 }
 
@@ -220,8 +221,14 @@ def checked(value: Any, hint: Any, name: str) -> Any:
         known = ", ".join(map(str, choices))
         raise InputError(f"{name} is {value!r}.", f"Use one of: {known}.")
     shown = repr(value) if isinstance(value, str) and Path in kinds else type(value).__name__
-    words = [_WORDS[kind] for kind in (typing.get_origin(k) or k for k in kinds) if kind in _WORDS]
+    words = [_WORDS.get(k) or k.__name__ for k in (typing.get_origin(k) or k for k in kinds)]
     raise InputError(f"{name} cannot be {shown}.", f"Give {' or '.join(words)}.")
+
+
+def check_all(**given: tuple[Any, Any]) -> None:
+    """Raise `InputError` for the first of some values, by their names, that is not as its hint."""
+    for name, (value, hint) in given.items():
+        checked(value, hint, name)
 
 
 _CONVERTED: dict[Any, Any] = {Path: Path, tuple: tuple, int: int, float: float}

@@ -337,15 +337,13 @@ class EmbeddingTable:
 
     def __getitem__(self, ids: Sequence[int]) -> Floats:
         """The rows of some tokens `[S, D]`; raises `BundleError` where the file ends before."""
-        size = self._width * self._dtype.itemsize
-        rows = b"".join(self._read(self._start + token * size, size) for token in ids)
+        size, rows = self._width * self._dtype.itemsize, bytearray()
+        for token in ids:
+            self._file.seek(self._start + token * size)
+            rows += self._file.read(size)
         if len(rows) < size * len(ids):
             raise _damaged(self._path)
         return np.frombuffer(rows, self._dtype).reshape(len(ids), self._width).astype(np.float32)
-
-    def _read(self, start: int, size: int) -> bytes:
-        self._file.seek(start)
-        return bytes(self._file.read(size))
 
 
 def _damaged(path: Path) -> BundleError:

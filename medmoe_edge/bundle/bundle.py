@@ -33,10 +33,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from medmoe_edge.atomic import atomic_file, file_sha256
+from medmoe_edge.bundle import trust
 from medmoe_edge.bundle.machine import Machine
 from medmoe_edge.bundle.trust import (
     check_signature,
-    hashes_to,
     read_private_key,
     vouch_for,
     write_signature,
@@ -134,7 +134,6 @@ DEFAULT_GATES: dict[str, Gates] = {
     "mixed": Gates(0.97, 0.01, 0.02),
 }
 
-
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 REQUIRED = ("format_version", "name", "config", "quantisation", "files", "source", "licence")
@@ -151,7 +150,6 @@ KINDS: dict[Kind, str] = {  # and the verbs that run them
 }
 
 NOTICE = "Research demonstration, not a medical device: never base a clinical decision on it."
-
 
 C = TypeVar("C", bound=Config)
 
@@ -245,7 +243,7 @@ class AnyBundle(Generic[C]):
         """Raise `BundleError` unless a file has the size and the hash that the manifest tells."""
         path, entry = self.folder / name, self.manifest["files"][name]
         try:
-            intact = path.stat().st_size == entry["bytes"] and hashes_to(path, entry["sha256"])
+            intact = path.stat().st_size == entry["bytes"] and _hashes_to(path, entry["sha256"])
         except OSError as error:
             what = f"{path} cannot be read ({error.strerror})."
             gone = BundleError(what, "Copy or export the bundle again.")
@@ -454,24 +452,26 @@ def _read(path: Path) -> bytes:
 
 
 def _parse(folder: Path, text: bytes) -> dict[str, Any]:
-    damaged = BundleError(
-        f"{folder / MANIFEST} is damaged or was edited.", "Copy or export the bundle again."
-    )
     try:
         manifest = json.loads(text)
         version = manifest["format_version"]
         current = version == FORMAT_VERSION
         sound = isinstance(version, int) and (not current or _is_sound(manifest))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise damaged from error
+        raise _damaged(folder) from error
     if not sound:
-        raise damaged
+        raise _damaged(folder)
     if not current:
         raise BundleError(
             f"{folder} is a bundle of format {version}, this version reads {FORMAT_VERSION}.",
             "Export the checkpoint again with this version.",
         )
     return dict(manifest)
+
+
+def _damaged(folder: Path) -> BundleError:
+    what = f"{folder / MANIFEST} is damaged or was edited."
+    return BundleError(what, "Copy or export the bundle again.")
 
 
 def _is_sound(manifest: dict[str, Any]) -> bool:
@@ -499,6 +499,13 @@ def _seal(manifest: Mapping[str, Any]) -> str:
     """The hash of all else in a manifest, which it carries: against damage, not forgery."""
     rest = {key: value for key, value in manifest.items() if key != SEAL}
     return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
+
+
+def _hashes_to(path: Path, sha256: str) -> bool:
+    if path.stat().st_size >= trust.LARGE:
+        return trust.hashes_to(path, sha256)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
 
 
 @dataclass(frozen=True)

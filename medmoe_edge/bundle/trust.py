@@ -184,12 +184,12 @@ def _read(path: Path, what: str) -> tuple[bytes, int]:
 
 
 def hashes_to(path: Path, sha256: str) -> bool:
-    """Whether a file has this hash; a large one is read only where that is not known."""
-    seen, large = settled(path), path.stat().st_size >= LARGE
-    if large and was_intact(path, sha256):
+    """Whether a large file has this hash; it is read only where that is not known."""
+    seen = settled(path)
+    if was_intact(path, sha256):
         return True
     right = file_sha256(path) == sha256
-    if right and large:
+    if right:
         remember_intact(path, sha256, seen)
     return right
 

@@ -32,7 +32,7 @@ from medmoe_edge.engine.loading import (
     open_model,
 )
 from medmoe_edge.engine.prefix_cache import LastPrefix, Prefix, PrefixCache, cache_folder
-from medmoe_edge.errors import InputError, MedMoEError, Notice, checked
+from medmoe_edge.errors import InputError, MedMoEError, Notice, check_all
 from medmoe_edge.image.inputs import ImageLike, as_image
 from medmoe_edge.image.loading import preprocess, seen_picture
 from medmoe_edge.image.pixels import Pixels, unlike_label
@@ -227,9 +227,8 @@ class Engine(OneAtATime):
             InputError: An image (it says which, from 1), a question or a choice cannot be used.
             ModelError: The model computed NaN or infinite values.
         """
-        if isinstance(images, str | bytes | os.PathLike):
+        if isinstance(images, str | bytes | os.PathLike) or not isinstance(images, Iterable):
             raise InputError("images is one image, and a list is meant.", "Write [image].")
-        checked(images, Iterable, "images")
         found = []
         for number, image in enumerate(images, start=1):
             try:
@@ -312,14 +311,14 @@ class Engine(OneAtATime):
             InputError: The image, a question or a choice cannot be used, or the engine is closed.
             ModelError: The model computed NaN or infinite values.
         """
-        if isinstance(questions, str):
+        if isinstance(questions, str) or not isinstance(questions, Iterable):
             raise InputError(
                 "questions is one text, and a list is meant.", "Write [question], or use ask."
             )
-        if checked(max_new_tokens, int, "max_new_tokens") < 1:
+        check_all(max_new_tokens=(max_new_tokens, int), alternatives=(alternatives, int | None))
+        if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}.", "Allow at least one.")
-        checked(alternatives, int | None, "alternatives")
-        questions = list(checked(questions, Iterable, "questions"))
+        questions = list(questions)
         if isinstance(choices, Mapping) and (stray := [q for q in choices if q not in questions]):
             raise InputError(
                 f"There are choices for {min(map(str, stray))!r}, which is no question here.",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bundle.bundle import DEFAULT, MANIFEST, AnyBundle, Bundle, Status, status_of
@@ -27,7 +27,6 @@ from medmoe_edge.errors import (
     ModelError,
     Notice,
     ResourceError,
-    checked,
     needs,
     shown_bytes,
 )
@@ -209,8 +208,10 @@ class Paging(NamedTuple):
 
 def check_place(runtime: str, device: str) -> None:
     """Raise `InputError` for a name that means nothing, and would pass for one that does."""
-    checked(runtime, RuntimeName, "runtime")
-    checked(device, Device, "device")
+    known = {"runtime": (runtime, get_args(RuntimeName)), "device": (device, get_args(Device))}
+    for option, (value, names) in known.items():
+        if not isinstance(value, str) or value not in names:
+            raise InputError(f"{option} is {value!r}.", f"Use one of: {', '.join(names)}.")
 
 
 def open_model(
@@ -223,7 +224,9 @@ def open_model(
 ) -> Loaded:
     """Open what `engine.load` was given, as it says."""
     check_place(runtime, device)
-    checked(paging.budget, Budget | None, "memory_budget")
+    if not isinstance(paging.budget, Budget | None):
+        kind = type(paging.budget).__name__
+        raise InputError(f"memory_budget cannot be {kind}.", "Give 1500MB, 50%, auto or bytes.")
     if paging.drop_pages and paging.budget is None:
         raise InputError(
             "Pages are dropped of experts that are paged, and there is no memory budget.",

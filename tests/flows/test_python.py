@@ -113,17 +113,18 @@ def test_what_would_be_passed_over_is_refused(engine: Engine, tiny_bundle: Make)
 
 @pytest.mark.parametrize("odd", [None, 5, 1.5, b"x", [1], {}, object(), "", "x" * 5000, "x\0y"])
 def test_what_is_no_path_is_told(odd: Any, tmp_path: Path) -> None:
+    other: Any = odd or 1  # where None is nothing odd
     for call in (
         lambda: medmoe_edge.load(odd),
         lambda: medmoe_edge.export_model(odd, tmp_path / "b"),
         lambda: medmoe_edge.export_model("nano", odd),
         lambda: medmoe_edge.verify(odd),
         lambda: medmoe_edge.evaluate(odd, EvaluateOptions(tmp_path / "q")),
-        lambda: medmoe_edge.evaluate("nano", EvaluateOptions(tmp_path / "q", predictions=odd or 1)),
+        lambda: medmoe_edge.evaluate("nano", EvaluateOptions(tmp_path / "q", predictions=other)),
         lambda: medmoe_edge.calibrate("nano", odd, CalibrateOptions("builtin")),
         lambda: medmoe_edge.train(odd, tmp_path / "run"),
         lambda: medmoe_edge.train(tmp_path / "q", tmp_path / "run", odd),
-        lambda: medmoe_edge.load("nano", prefix_cache=odd or ""),
+        lambda: medmoe_edge.load("nano", prefix_cache=other),
     ):
         with pytest.raises(MedMoEError):
             call()
@@ -143,18 +144,20 @@ def test_a_name_that_is_no_unicode_is_told_as_that(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("odd", [None, 1.5, b"x", object(), "x", [1], True])
 def test_what_is_of_another_type_is_told(engine: Engine, odd: Any) -> None:
+    other: Any = odd or 1.5  # where None is nothing odd
+    no_number: Any = [] if odd is True else odd
     for call in (
-        lambda: engine.ask(random_image(), "Is it?", max_new_tokens=odd if odd is not True else []),
+        lambda: engine.ask(random_image(), "Is it?", max_new_tokens=no_number),
         lambda: engine.ask_all(random_image(), odd),
         lambda: engine.ask_images(odd, ["Is it?"]),
-        lambda: engine.ask(random_image(), "Is it?", choices=odd or 1),
-        lambda: engine.ask(random_image(), "Is it?", choices={"Is it?": odd or 1}),
-        lambda: engine.ask_all(random_image(), [odd or 1], choices={"Is it?": ["yes", "no"]}),
-        lambda: list(engine.ask_stream(random_image(), ["Is it?"], alternatives=odd or "")),
-        lambda: medmoe_edge.load("nano", memory_budget=odd or {}),
-        lambda: medmoe_edge.load("nano", allow_repetition=odd if odd is not True else 1),
-        lambda: medmoe_edge.export_model("nano", "b", odd or {}),
-        lambda: medmoe_edge.verify("nano", odd or {}),
+        lambda: engine.ask(random_image(), "Is it?", choices=other),
+        lambda: engine.ask(random_image(), "Is it?", choices={"Is it?": other}),
+        lambda: engine.ask_all(random_image(), [other], choices={"Is it?": ["yes", "no"]}),
+        lambda: list(engine.ask_stream(random_image(), ["Is it?"], alternatives=other)),
+        lambda: medmoe_edge.load("nano", memory_budget=other),
+        lambda: medmoe_edge.load("nano", allow_repetition=no_number),
+        lambda: medmoe_edge.export_model("nano", "b", other),
+        lambda: medmoe_edge.verify("nano", other),
         lambda: medmoe_edge.evaluate("nano", odd),
     ):
         with pytest.raises(InputError):
@@ -173,6 +176,7 @@ def test_what_is_of_another_type_is_told(engine: Engine, odd: Any) -> None:
         (lambda: ExportOptions(modalities="ct"), "Give a list of texts"),  # type: ignore[arg-type]
         (lambda: EvaluateOptions(""), "data cannot be ''. Give a path or None"),  # type: ignore[arg-type]
         (lambda: EvaluateOptions(Path("q"), device="gpu"), "device is 'gpu'"),  # type: ignore[arg-type]
+        (lambda: medmoe_edge.verify("nano", {}), "options cannot be dict. Give VerifyOptions or"),  # type: ignore[arg-type]
         (lambda: VerifyOptions(beside=["nano"]), "measure against a checkpoint"),
         (lambda: VerifyOptions(record=True), "There is nothing to record"),
     ],
@@ -193,22 +197,18 @@ def test_options_take_what_people_have_in_hand() -> None:
 
 
 def test_what_goes_with_no_model_of_its_kind_is_refused(tmp_path: Path) -> None:
-    for call, what in (
-        (lambda: ask_labels(device="cuda"), "--device does not go"),
-        (lambda: ask_labels(allow_repetition=True), "--allow-repetition does not go"),
-        (lambda: export_nano(budget_bits=3.0), "int8 has no bits to spend"),
-        (lambda: export_nano(stats=tmp_path / "none"), "does not exist"),
+    given: Any
+    for given, what in (
+        (EvaluateOptions(Path("none"), device="cuda"), "--device does not go"),
+        (EvaluateOptions(Path("none"), allow_repetition=True), "--allow-repetition does not go"),
+        (ExportOptions(budget_bits=3.0), "int8 has no bits to spend"),
+        (ExportOptions(stats=tmp_path / "none"), "does not exist"),
     ):
         with pytest.raises(MedMoEError, match=what):
-            call()
-
-
-def ask_labels(**options: Any) -> Any:
-    return medmoe_edge.evaluate("modality-nano", EvaluateOptions(Path("none"), **options))
-
-
-def export_nano(**options: Any) -> Any:
-    return medmoe_edge.export_model("nano", "never", ExportOptions(**options))
+            if isinstance(given, EvaluateOptions):
+                medmoe_edge.evaluate("modality-nano", given)
+            else:
+                medmoe_edge.export_model("nano", "never", given)
 
 
 def test_threads_wait_for_each_other(engine: Engine) -> None:
@@ -249,7 +249,7 @@ def test_an_engine_that_two_threads_close_at_once_is_closed_once(tiny_bundle: Ma
     with ThreadPoolExecutor(2) as threads:
         closing = [threads.submit(engine.close) for _ in range(2)]
         time.sleep(0.2)  # both wait for the stream
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
         assert [each.result(30) for each in closing] == [None, None]
 
 
