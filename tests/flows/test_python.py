@@ -197,18 +197,19 @@ def test_options_take_what_people_have_in_hand() -> None:
 
 
 def test_what_goes_with_no_model_of_its_kind_is_refused(tmp_path: Path) -> None:
-    given: Any
+    data = tmp_path / "none"
+    for asked, what in (
+        (EvaluateOptions(data, device="cuda"), "--device does not go"),
+        (EvaluateOptions(data, allow_repetition=True), "--allow-repetition does not go"),
+    ):
+        with pytest.raises(InputError, match=what):
+            medmoe_edge.evaluate("modality-nano", asked)
     for given, what in (
-        (EvaluateOptions(Path("none"), device="cuda"), "--device does not go"),
-        (EvaluateOptions(Path("none"), allow_repetition=True), "--allow-repetition does not go"),
         (ExportOptions(budget_bits=3.0), "int8 has no bits to spend"),
-        (ExportOptions(stats=tmp_path / "none"), "does not exist"),
+        (ExportOptions(stats=data), "does not exist"),
     ):
         with pytest.raises(MedMoEError, match=what):
-            if isinstance(given, EvaluateOptions):
-                medmoe_edge.evaluate("modality-nano", given)
-            else:
-                medmoe_edge.export_model("nano", "never", given)
+            medmoe_edge.export_model("nano", tmp_path / "never", given)
 
 
 def test_threads_wait_for_each_other(engine: Engine) -> None:
