@@ -7,6 +7,7 @@ What an image's modality is says the list or the DICOM file, else the folder tha
 where neither does, the model's own router, when it is calibrated (`calibration.run`).
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -33,7 +34,7 @@ from medmoe_edge.data.datasets import (
     read_examples,
     read_labels,
 )
-from medmoe_edge.data.folder import SUMMARY
+from medmoe_edge.data.folder import SUFFIXES, SUMMARY
 from medmoe_edge.errors import (
     DataError,
     ImageError,
@@ -41,7 +42,7 @@ from medmoe_edge.errors import (
     MissingDependencyError,
     of_machine,
 )
-from medmoe_edge.image.loading import Decoded, decoding, load_image
+from medmoe_edge.image.loading import Decoded, dicom_origin, load_image
 from medmoe_edge.image.pixels import (
     HEAD_BYTES,
     KINDS,
@@ -135,11 +136,6 @@ def ask_about(
 
 USUAL = ("xray", "ct", "mri", "ultrasound", "pathology", "fundus")  # modalities
 
-SUFFIXES = (
-    *(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif"),
-    *(".dcm", ".dicom", ".nii", ".nii.gz"),
-)
-
 
 def folder_samples(folder: Path, known: Collection[str] = ()) -> Iterator[Sample]:
     """The bedside questions about every picture in and below `folder`; no pixel is decoded.
@@ -158,8 +154,10 @@ def folder_samples(folder: Path, known: Collection[str] = ()) -> Iterator[Sample
         head = _head(file)
         modality = None
         if is_dicom(head):
-            kind, modality = _dicom_header(file)
-            if kind and "Image" not in kind:  # a directory, a report, a plan, a segmentation ...
+            is_image = True
+            with contextlib.suppress(ImageError):  # whoever draws it will hear why
+                is_image, modality, _ = dicom_origin(file)
+            if not is_image:
                 continue
         elif not (file.name.lower().endswith(SUFFIXES) or is_raster(head) or is_nifti(head)):
             continue
@@ -251,17 +249,6 @@ def _head(file: Path) -> bytes:
             return stream.read(HEAD_BYTES)
     except OSError:
         return b""  # whoever draws it will hear why
-
-
-def _dicom_header(file: Path) -> tuple[str | None, str | None]:
-    """The kind of a DICOM object, as the standard calls its storage class, and its modality."""
-    from medmoe_edge.image.dicom import read_kind
-
-    try:
-        with decoding(shown_name(file)):
-            return read_kind(file)
-    except ImageError:  # whoever draws it will hear why
-        return None, None
 
 
 # By the module that holds them: of which package, and in which of its folders.

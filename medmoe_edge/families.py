@@ -320,12 +320,12 @@ def _read_scored(options: EvaluateOptions) -> _Scored:
         raise InputError(
             "--selective-accuracy is what a fit aims at.", "Add --fit-confidence, or leave it out."
         )
-    given = read_examples(options.data) if options.data else []
+    given = read_examples(options.data, check_images=True) if options.data else []
     examples = sample_examples(given, options.limit, options.seed)
     if options.data:
         check_examples(examples)
-    labelled = read_labels(options.labels) if options.labels else []
-    findings = read_findings(options.findings) if options.findings else []
+    labelled = read_labels(options.labels, check_images=True) if options.labels else []
+    findings = read_findings(options.findings, check_images=True) if options.findings else []
     scored = _Scored(
         examples,
         len(given),

@@ -35,12 +35,6 @@ from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 from medmoe_edge.atomic import atomic_file, file_sha256
 from medmoe_edge.bundle import trust
 from medmoe_edge.bundle.machine import Machine
-from medmoe_edge.bundle.trust import (
-    check_signature,
-    read_private_key,
-    vouch_for,
-    write_signature,
-)
 from medmoe_edge.config import Confidence, Config, ModelConfig
 from medmoe_edge.config_contrastive import ModalityConfig, Scores
 from medmoe_edge.errors import (
@@ -176,7 +170,7 @@ class AnyBundle(Generic[C]):
         and where keys are trusted for what none of them signed.
         """
         text = _read(folder / MANIFEST)
-        check_signature(folder, text)
+        trust.check_signature(folder, text)
         manifest = _parse(folder, text)
         if (kind := manifest_kind(manifest)) != cls.kind:
             raise BundleError(
@@ -417,7 +411,7 @@ def sign_bundle(folder: Path, key: Path, verified: str | None = None) -> None:
     `BundleError` for another or a damaged one, `VerificationError` for a bundle that failed its
     verification, `InputError` for a key, and `ResourceError` for a folder that cannot be used.
     """
-    private, text = read_private_key(key), _read(folder / MANIFEST)
+    private, text = trust.read_private_key(key), _read(folder / MANIFEST)
     _check_same(folder, verified, hashlib.sha256(text).hexdigest())
     record = _parse(folder, text).get(VERIFICATION)
     if record is not None and status_of(record) == "failed":
@@ -426,7 +420,7 @@ def sign_bundle(folder: Path, key: Path, verified: str | None = None) -> None:
             "Export it in another precision or with calibration, and sign that.",
         )
     try:
-        write_signature(folder, text, private)
+        trust.write_signature(folder, text, private)
     except OSError as error:
         raise ResourceError(
             f"{folder} cannot be written ({error.strerror}).", "Sign a copy of the bundle."
@@ -438,7 +432,7 @@ def _store(folder: Path, manifest: Mapping[str, Any]) -> str:
     text = (json.dumps(sealed, indent=1) + "\n").encode()
     with atomic_file(folder / MANIFEST) as file:
         file.write(text)
-    vouch_for(text)
+    trust.vouch_for(text)
     return hashlib.sha256(text).hexdigest()
 
 

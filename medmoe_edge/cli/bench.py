@@ -273,10 +273,11 @@ def plan(
     from medmoe_edge.device import estimate
     from medmoe_edge.device.hardware import HERE
 
-    if measure and (device != HERE or precision or experts or image_tokens or vision):
+    own = (precision, group_size, prompt_tokens, experts, image_tokens, vision)
+    if measure and (device != HERE or any(own) or new_tokens != estimate.PlanOptions.new_tokens):
         raise InputError(
-            "Measured is this machine, with the bundle as it is stored.",
-            "Give --device here, and no --precision, --experts, --image-tokens or --vision.",
+            "Measured is this machine, with the bundle as it is stored and a short question.",
+            "Give --device here, and nothing else of the model, the prompt or the answer.",
         )
     if fit != (latency is not None) or (fit and (measure or precision)):
         raise InputError(

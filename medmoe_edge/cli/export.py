@@ -245,11 +245,11 @@ def export(
     precision = chosen[0] if chosen else None
     cut = tuple(name.strip().lower() for name in modality.split(",")) if modality else ()
     made_anew = precision or calibrate or stats or cut or merge or image_tokens or experts
-    as_it_is = not (made_anew or vision != "groups")
+    as_it_is = not (made_anew or vision != "groups" or strict or vision_tower or method != "auto")
     folder = _source(model, target, as_it_is=as_it_is)
-    if target == "onnxruntime" and (gpu or positions or memory_limit):
+    if target == "onnxruntime" and (gpu or positions or memory_limit or dtype != "fp16"):
         raise InputError(
-            "--gpu, --positions and --memory-limit are for engines.",
+            "--gpu, --positions, --memory-limit and --dtype are for GPUs.",
             "Add --target tensorrt-rtx, or leave them out.",
         )
     if paged and experts:

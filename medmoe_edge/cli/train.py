@@ -115,6 +115,11 @@ def train(
     med-moe goes on from a checkpoint: its experts become those of the modalities in the data.
     """
     if show_recipe is not None or watch is not None:
+        others = (recipe, model, data, output, base, vision_tower, precision, lora, tensorboard)
+        if (show_recipe and watch) or any(others):
+            raise InputError(
+                "--show-recipe and --watch print, and train nothing.", "Give one of them alone."
+            )
         _tell(show_recipe, watch, as_json)
         return
     if data is None or output is None:
@@ -135,11 +140,10 @@ def train(
         raise InputError(
             f"The recipe {recipe!r} is not of a {model}.", "Leave --model out: the recipe says it."
         )
-    if of_modalities and (base or lora):
-        raise InputError(
-            f"--{'from' if base else 'lora'} does not go with a modality-moe model.",
-            "Leave it out.",
-        )
+    given = {"--from": base, "--lora": lora, "--vision-tower": vision_tower}
+    unfit = next((name for name, value in given.items() if of_modalities and value), None)
+    if unfit:
+        raise InputError(f"{unfit} does not go with a modality-moe model.", "Leave it out.")
     with render.bars() as bars:
         options = TrainOptions(
             base=checkpoint_path(base) if base else None,

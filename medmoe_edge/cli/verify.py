@@ -24,7 +24,7 @@ from medmoe_edge.cli.common import (
     verb,
 )
 from medmoe_edge.embedded import bundle_path, checkpoint_path, is_installed
-from medmoe_edge.errors import InputError, VerificationError, needs
+from medmoe_edge.errors import InputError, MedMoEError, VerificationError, needs
 from medmoe_edge.families import AnswerScores, family_of, score_file
 from medmoe_edge.pipeline import EvaluateOptions, VerifyOptions, check_output
 from medmoe_edge.render import console as render
@@ -138,6 +138,7 @@ def evaluate(
         unused = (
             *(bundle, data, labels, blind, runtime != "auto", device != "auto", force),
             *(findings, languages, paraphrases, fit_confidence, selective_accuracy),
+            *(allow_repetition, max_new_tokens != EvaluateOptions.max_new_tokens),
         )
         found = _score_file(predictions, references, limit, seed, others=any(unused))
     elif data is None and labels is None and findings is None:
@@ -249,12 +250,13 @@ def verify(
         _verify_quick(bundle, as_json, others=any(other is not None for other in others))
         return
     if targets is not None:
-        mixed = bool(against or beside or report)
+        mixed = bool(against or beside or report or vision_tower) or record is not None
         _verify_targets(bundle, data or "builtin", as_json, others=mixed)
         return
     if against is None and data:
         raise InputError(
-            "--data and --beside measure against a checkpoint.", "Add --against CHECKPOINT."
+            "--data, --beside and --vision-tower are to measure against a checkpoint.",
+            "Add --against CHECKPOINT.",
         )
     checkpoint = None if against is None else checkpoint_path(against)
     if sign is not None and against is not None and record is None:
@@ -278,9 +280,14 @@ def verify(
         if report:
             render.wrote("the report", report)
 
-    tell(found, as_json, show, found.error())
+    error: MedMoEError | None = found.error()
+    if sign is not None and error is None:
+        try:
+            sign_bundle(folder, sign, found.bundle.sha256)
+        except MedMoEError as failed:  # which is told beside what was found
+            error = failed
+    tell(found, as_json, show, error)
     if sign is not None:
-        sign_bundle(folder, sign, found.bundle.sha256)
         render.show(f"Signed: {folder / SIGNATURE}", stderr=True)
 
 
@@ -317,7 +324,7 @@ def _verify_targets(bundle: str, data: str, as_json: bool, *, others: bool) -> N
     if others:
         raise InputError(
             "--targets holds a bundle's targets against each other.",
-            "Leave --against, --beside and --report out.",
+            "Leave --against, --beside, --report, --record and --vision-tower out.",
         )
     with needs("rtx"):
         from medmoe_edge.pipeline.med_moe import agree

@@ -289,10 +289,12 @@ def evaluate_modality(
     engine: ModalityEngine, data: Path, progress: Progress = lambda *_: None
 ) -> ModalityEvaluation:
     """All of it, on the folder `data`; raises `DataError` where its files are not as expected."""
-    labelled = [item for item in read_labels(data / LABELS_FILE) if item.split != "train"]
+    every = read_labels(data / LABELS_FILE, check_images=True)
+    labelled = [item for item in every if item.split != "train"]
     tasks = zero_shot_tasks(labelled)
     questions = questions_of(data, "val") or data / QUESTION_FILES["val"][0]
-    captioned = [item for item in fact_captions(read_examples(questions)) if item.source == SLAKE]
+    asked = fact_captions(read_examples(questions, check_images=True))
+    captioned = [item for item in asked if item.source == SLAKE]
     drawn = (data / name for name in BOXES_FILES)
     boxes = next((file for file in drawn if file.is_file()), data / BOXES_FILES[0])
     grounded = read_grounded(boxes, [item.image for item in captioned])

@@ -11,7 +11,6 @@ seen. What is absent, or is knowledge about an organ and not to be seen, gives n
     Is the lung healthy?                          No                 abnormal lung
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_edge.data.datasets import Example, LabelledImage, Record
+from medmoe_edge.data.datasets import Example, LabelledImage, Record, parse_json, read_text
 from medmoe_edge.errors import DataError
 
 NAMES = {
@@ -211,11 +210,7 @@ def read_grounded(file: Path, images: Iterable[Path]) -> list[GroundedPhrase]:
 
     Raises `DataError` for a file of another form.
     """
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{file} cannot be read.", "Give the boxes of SLAKE as JSON.") from error
-    everything = Record(data, str(file)).value
+    everything = Record(parse_json(read_text(file), str(file)), str(file)).value
     wanted = set(images)
     return [
         GroundedPhrase(file.parent / name, phrase, tuple(boxes))

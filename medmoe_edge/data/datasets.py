@@ -6,12 +6,14 @@ of our own forms mean is said by the JSON schemas beside this module, which erro
 """
 
 import functools
+import hashlib
 import itertools
 import json
 import logging
 import os
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
@@ -77,7 +79,7 @@ def by_image(examples: Iterable[Example]) -> dict[Path, list[Example]]:
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """One image of known modality, body part and finding."""
+    """One image of known modality, body part and finding; `patient` never goes into a result."""
 
     image: Path
     modality: str
@@ -85,6 +87,7 @@ class LabelledImage:
     finding: str
     source: str
     split: Split
+    patient: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,11 @@ class Finding:
 
 
 Read = TypeVar("Read", Example, LabelledImage, Finding)
+
+
+def owner_of(item: Example | LabelledImage | Finding) -> str:
+    """Whose an image is, where that counts as one: the patient of its source, else itself."""
+    return f"{item.source}: {item.patient}" if item.patient else str(item.image)
 
 
 def questions_of(folder: Path, *splits: Split) -> Path | None:
@@ -177,6 +185,7 @@ def read_labels(file: Path, *, check_images: bool = False) -> list[LabelledImage
                 finding=record.optional("finding") or "",
                 source=record.optional("source") or file.stem,
                 split=record.choice("split", SPLITS) if record.optional("split") else "train",
+                patient=record.optional("patient"),
             )
         )
     return _some(images, "labelled images", file, check_images)
@@ -333,6 +342,27 @@ def safe_name(
     if path.is_absolute() or not path.parts or ".." in path.parts or set(name) & set("\\:\0"):
         raise DataError(f"{where} names a file outside the dataset.", advice)
     return path.as_posix()
+
+
+def set_name(text: str) -> str:
+    """A name for a set that is also one for a folder."""
+    return re.sub(r"[^\w-]+", "_", text).strip("_") or "mine"
+
+
+def split_evenly(keys: Mapping[Hashable, Hashable]) -> dict[Hashable, Split]:
+    """Of the groups of each stratum (group -> stratum) a tenth each to validate and to test on.
+
+    The same groups give the same splits, in whatever order they come.
+    """
+    strata: dict[Hashable, list[Hashable]] = defaultdict(list)
+    for group in sorted(keys, key=lambda group: hashlib.sha256(repr(group).encode()).digest()):
+        strata[keys[group]].append(group)
+    turns: dict[int, Split] = {4: "val", 9: "test"}
+    return {
+        group: turns.get(number % 10, "train")
+        for groups in strata.values()
+        for number, group in enumerate(groups)
+    }
 
 
 def json_lines(text: str, file: Path) -> Iterator[Record]:

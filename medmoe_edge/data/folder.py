@@ -19,7 +19,6 @@ import hashlib
 import io
 import json
 import logging
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -42,6 +41,8 @@ from medmoe_edge.data.datasets import (
     parse_json,
     read_text,
     safe_name,
+    set_name,
+    split_evenly,
 )
 from medmoe_edge.errors import DataError, ImageError, InputError, Told
 
@@ -77,10 +78,18 @@ class Prepared(Told):
 
 @dataclass
 class Addition:
-    """A set that is being added to a folder that nobody else sees yet."""
+    """A set that is being added to a folder that nobody else sees yet.
+
+    Of the pictures, `sums` are the SHA-256 by their paths in the folder; by these hashes `held` are
+    the places in `_ORDER` where other sets hold them, `said` their modalities, and who says so.
+    """
 
     name: str
     folder: Path
+    source: Path
+    sums: dict[str, str] = field(default_factory=dict)
+    held: dict[str, int] = field(default_factory=dict)
+    said: dict[str, tuple[str, str]] = field(default_factory=dict)
     questions: dict[Split, list[Row]] = field(
         default_factory=lambda: {split: [] for split in _ORDER}
     )
@@ -91,26 +100,61 @@ class Addition:
     def ask(self, split: Split, *, id: str, **row: str | None) -> None:
         """Add a question; what is None is left out."""
         self.questions[split].append({"id": self._unique(id)} | _known(row))
+        self._agree(row, f"question {id!r}")
 
-    def label(self, **row: str | None) -> None:
-        """Add what is known of an image."""
+    def label(self, where: str, **row: str | None) -> None:
+        """Add what is known of an image; `where` is the place that says it."""
         self.labels.append(_known(row))
+        self._agree(row, where)
+
+    def know(self, row: "_Row", digest: str) -> None:
+        """Take note of what another set says of a picture, whose path and SHA-256 are known."""
+        self.sums[row.data["image"]] = digest
+        self.held[digest] = max(row.held, self.held.get(digest, 0))
+        if modality := row.data.get("modality"):
+            self.said.setdefault(digest, (modality_name(str(modality)), repr(row.data["image"])))
+
+    def splits(
+        self, groups: Mapping[Hashable, Hashable], pictures: Iterable[tuple[Hashable, str]]
+    ) -> dict[Hashable, Split]:
+        """As of `split_evenly`, but where another set holds a picture (by SHA-256) of a group."""
+        known: dict[Hashable, int] = {}
+        for group, digest in pictures:
+            if digest in self.held:
+                known[group] = max(self.held[digest], known.get(group, 0))
+        return split_evenly(groups) | {group: _ORDER[place] for group, place in known.items()}
+
+    def _agree(self, row: Mapping[str, str | None], where: str) -> None:
+        """Raise `DataError` for a picture that is of another modality elsewhere."""
+        digest, named = self.sums.get(row["image"] or ""), row.get("modality")
+        if digest is None or named is None:
+            return
+        modality = modality_name(named)
+        said, elsewhere = self.said.setdefault(digest, (modality, where))
+        if said != modality:
+            raise DataError(
+                f"{self.source}: the picture of {where} is labelled {modality}, "
+                f"and {said} in {elsewhere}.",
+                "A picture is of one modality: keep the right label.",
+            )
 
     def write(self, name: str, content: bytes) -> str:
         """Write a picture of the set once; gives its path in the folder back."""
         path = self.folder / "images" / self.name / name
+        inside = path.relative_to(self.folder).as_posix()
         if name not in self.copied:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
             self.copied.add(name)
-        return path.relative_to(self.folder).as_posix()
+            self.sums[inside] = hashlib.sha256(content).hexdigest()
+        return inside
 
 
 @contextlib.contextmanager
 def adding(
-    name: str, out: Path, *, force: bool = False, as_published: bool = False
+    name: str, source: Path, out: Path, *, force: bool = False, as_published: bool = False
 ) -> Iterator[tuple[Addition, list[Prepared]]]:
-    """Add the set `name` to the dataset folder `out`, which is made or replaced as a whole.
+    """Add the set `name` from `source` to the dataset folder `out`, which is replaced as a whole.
 
     Whatever else lies in the folder stays in it; of the set itself, what is in images/NAME goes.
 
@@ -130,11 +174,13 @@ def adding(
         )
     results: list[Prepared] = []
     with atomic_folder(out, force=True, marker=SUMMARY) as folder:
-        addition = Addition(name, folder)
+        addition = Addition(name, folder, source)
+        for row in (rows := [row for row in rows if row.set != name]):
+            image = row.data["image"]
+            addition.know(row, addition.sums.get(image) or file_sha256(out / image))
         yield addition, results
         if out.exists():
             carry_over(out, folder, without={own, *(out / file for file in _WRITTEN)})
-        rows = [row for row in rows if row.set != name]
         for split, asked in addition.questions.items():
             rows += [_Row(name, split, data) for data in asked]
         rows += [_Row(name, None, data) for data in addition.labels]
@@ -143,7 +189,7 @@ def adding(
         published = {each for each, told in sets.items() if told.get("as_published")} - {name}
         if as_published:
             published.add(name)
-        rows, left_out = _apart(rows, folder, published)
+        rows, left_out = _apart(rows, addition.sums, published)
         _write(folder, rows)
         counts = {each: _counts(rows, each) for each in sorted({*sets, name})}
         results.append(Prepared(out, left_out=left_out, **counts[name]))
@@ -152,22 +198,6 @@ def adding(
         }
         text = json.dumps({"sets": summary}, indent=1)
         (folder / SUMMARY).write_text(text + "\n", encoding="utf-8")
-
-
-def split_evenly(keys: Mapping[Hashable, Hashable]) -> dict[Hashable, Split]:
-    """Of the groups of each stratum (group -> stratum) a tenth each to validate and to test on.
-
-    The same groups give the same splits, in whatever order they come.
-    """
-    strata: dict[Hashable, list[Hashable]] = defaultdict(list)
-    for group in sorted(keys, key=lambda group: hashlib.sha256(repr(group).encode()).digest()):
-        strata[keys[group]].append(group)
-    turns: dict[int, Split] = {4: "val", 9: "test"}
-    return {
-        group: turns.get(number % 10, "train")
-        for groups in strata.values()
-        for number, group in enumerate(groups)
-    }
 
 
 @dataclass(frozen=True)
@@ -182,6 +212,9 @@ class _Row:
     def held(self) -> int:
         """The place of its split in `_ORDER`."""
         return _ORDER.index(self.split or self.data["split"])
+
+
+_Rows = list[_Row]
 
 
 def _known(row: Mapping[str, str | None]) -> Row:
@@ -231,17 +264,12 @@ def _place(record: Record, folder: Path) -> tuple[str, str]:
     return parts[1], image
 
 
-def _apart(rows: list[_Row], folder: Path, published: set[str]) -> tuple[list[_Row], int]:
+def _apart(rows: _Rows, sums: Mapping[str, str], published: set[str]) -> tuple[_Rows, int]:
     """The rows without those that a held-out split forbids, and how many questions went.
 
     A picture is known by its bytes, a patient by what the set calls them. Labels move to the split
     that holds their picture or patient; questions of another split are left out.
     """
-    sums: dict[str, str] = {}
-    for row in rows:
-        image = row.data["image"]
-        if image not in sums:
-            sums[image] = file_sha256(folder / image)
 
     def keys(row: _Row) -> Iterator[Hashable]:
         yield sums[row.data["image"]]
@@ -295,13 +323,8 @@ def _counts(rows: Iterable[_Row], name: str) -> dict[str, Any]:
     }
 
 
-def set_name(text: str) -> str:
-    """A name for a set that is also one for a folder."""
-    return re.sub(r"[^\w-]+", "_", text).strip("_") or "mine"
-
-
-Header = Callable[[Path], tuple[str | None, str | None]]
-"""What a DICOM file says: its modality, and a name for its patient that tells nothing of them."""
+Header = Callable[[Path], tuple[bool, str | None, str | None]]
+"""Whether a DICOM file is an image, its modality, and a name for its patient that tells nothing."""
 
 LEVELS = ("split", "modality", "body", "finding", "patient", "-")
 _BY_DEPTH = {1: ("modality",), 2: ("modality", "finding"), 3: ("modality", "body", "finding")}
@@ -315,7 +338,7 @@ _COLUMNS = {  # what else a column is called
 }
 _RASTER = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif")
 _DICOM = (".dcm", ".dicom")
-_SUFFIXES = (*_RASTER, *_DICOM, ".nii", ".nii.gz")
+SUFFIXES = (*_RASTER, *_DICOM, ".nii", ".nii.gz")
 
 
 @dataclass(frozen=True)
@@ -361,7 +384,7 @@ def add_labels(
     """Add the pictures of a folder or of a table to the dataset folder `out`; see `folder.adding`.
 
     `header` reads DICOM files, whose modality and patient count where nothing else was said.
-    Pictures that cannot be opened are left out, with a warning.
+    What cannot be opened, or is DICOM without an image, is left out, with a warning.
 
     Raises `DataError` for pictures of unknown modality, a bad table and where there is none,
     `InputError` as `adding`.
@@ -371,7 +394,10 @@ def add_labels(
     if unknown := next((each for each in options.levels if each not in LEVELS), None):
         raise InputError(f"There is no level {unknown!r}.", f"Use: {', '.join(LEVELS)}.")
     found = list(_in_folder(source, options) if source.is_dir() else _in_table(source))
-    found = [_completed(each, options, header) for each in found if _opens(each.file)]
+    read = [_completed(each, options, header) for each in found if _opens(each.file)]
+    found = [each for each in read if each is not None]
+    if left := len(read) - len(found):
+        logger.warning("%d DICOM objects without an image (reports, plans ...) are left out.", left)
     if not found:
         raise DataError(f"{source} holds no picture that can be read.", "Check the folder or file.")
     unknown_images = [each for each in found if each.modality is None]
@@ -382,23 +408,12 @@ def add_labels(
             "Name sub-folders or a column after it, or add --modality.",
         )
     name = set_name(options.name or source.stem)
-    found = _split(found)
-    with adding(name, out, force=force) as (addition, prepared):
-        known = _labelled(out, without=name)
-        for each in found:
-            content = each.file.read_bytes()
-            digest = hashlib.sha256(content).hexdigest()
-            modality = modality_name(each.modality or "")
-            told, where = known.setdefault(digest, (modality, each.where))
-            if told != modality:
-                raise DataError(
-                    f"{source}: the picture of {each.where} is labelled {modality}, "
-                    f"and {told} in {where}.",
-                    "A picture is of one modality: keep the right label.",
-                )
+    with adding(name, source, out, force=force) as (addition, prepared):
+        for each in _split(found, addition):
             addition.label(
-                image=addition.write(each.name, content),
-                modality=modality,
+                each.where,
+                image=addition.write(each.name, each.file.read_bytes()),
+                modality=modality_name(each.modality or ""),
                 body=each.body or "",
                 finding=each.finding or "",
                 source=name,
@@ -408,21 +423,10 @@ def add_labels(
     return prepared[0]
 
 
-def _labelled(out: Path, *, without: str) -> dict[str, tuple[str, str]]:
-    """The modality of a folder's labelled pictures, and where they lie, by their bytes."""
-    rows = _rows(out) if (out / SUMMARY).is_file() else ()
-    labels = (row.data for row in rows if row.split is None and row.set != without)
-    return {
-        file_sha256(out / data["image"]): (
-            modality_name(data["modality"]),
-            f"{str(out / data['image'])!r}",
-        )
-        for data in labels
-    }
-
-
 def _in_folder(folder: Path, options: LabelOptions) -> Iterator[_Found]:
-    for file in filter(_is_picture, files_below(folder)):
+    for file in files_below(folder):
+        if not (file.name.lower().endswith(SUFFIXES) or _is_dicom(file)):
+            continue
         relative = file.relative_to(folder)
         levels = list(relative.parts[:-1])
         given: dict[str, str] = {}
@@ -440,10 +444,6 @@ def _in_folder(folder: Path, options: LabelOptions) -> Iterator[_Found]:
         yield _Found(file, name, repr(name), **given)
 
 
-def _is_picture(file: Path) -> bool:
-    return file.name.lower().endswith(_SUFFIXES) or ("." not in file.name and _is_dicom(file))
-
-
 def _is_dicom(file: Path) -> bool:
     """By its suffix or its mark: archives name their files as they like."""
     if file.name.lower().endswith(_DICOM):
@@ -454,11 +454,15 @@ def _is_dicom(file: Path) -> bool:
 
 def _in_table(file: Path) -> Iterator[_Found]:
     text = read_text(file)
-    first = text.split("\n", 1)[0]
-    delimiter = max(",;\t", key=first.count)
-    reader = csv.DictReader(io.StringIO(text), delimiter=delimiter)
-    columns = _columns(reader.fieldnames or (), file)
-    for number, row in enumerate(reader, start=2):
+    delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        columns = _columns(reader.fieldnames or (), file)
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        what = f"{file}, line {reader.reader.line_num}: this is no CSV ({error})."
+        raise DataError(what, "Look for a quotation mark that is not closed.") from error
+    for number, row in rows:
         values = {key: (row[column] or "").strip() for key, column in columns.items()}
         if any(row.get(None) or ()):  # else a label would end before its first delimiter
             hint = f"Put what has a {delimiter!r} in it between quotes."
@@ -466,7 +470,7 @@ def _in_table(file: Path) -> Iterator[_Found]:
         if not values["image"]:
             raise DataError(f"{file}, line {number} names no image.", "Fill it in.")
         path = file.parent / PurePosixPath(values.pop("image").replace("\\", "/"))
-        names = (path, *(path.with_name(path.name + suffix) for suffix in _SUFFIXES))
+        names = (path, *(path.with_name(path.name + suffix) for suffix in SUFFIXES))
         image = next((each for each in names if each.is_file()), None)
         if image is None:
             raise DataError(f"{file}, line {number}: there is no such image.", "Check the path.")
@@ -502,12 +506,14 @@ def _opens(file: Path) -> bool:
         return False
 
 
-def _completed(found: _Found, options: LabelOptions, header: Header) -> _Found:
-    """With what holds for all images, and what a DICOM file says of itself."""
+def _completed(found: _Found, options: LabelOptions, header: Header) -> _Found | None:
+    """With what holds for all, and what DICOM says of itself; None where that is no image."""
     modality, patient = found.modality, found.patient
-    if not (modality and patient) and _is_dicom(found.file):
+    if _is_dicom(found.file):
         with contextlib.suppress(ImageError):  # whoever reads the picture will hear why
-            said, whose = header(found.file)
+            holds, said, whose = header(found.file)
+            if not holds:
+                return None
             modality, patient = modality or said, patient or whose
     split: str | None = options.split
     if split is None and found.split:
@@ -526,14 +532,15 @@ def _completed(found: _Found, options: LabelOptions, header: Header) -> _Found:
     )
 
 
-def _split(found: list[_Found]) -> list[_Found]:
+def _split(found: list[_Found], addition: Addition) -> list[_Found]:
     """With a split for each: one patient, or one picture, is one group."""
-    groups = [each.patient or file_sha256(each.file) for each in found]
+    sums = [file_sha256(each.file) for each in found]
+    groups = [each.patient or digest for each, digest in zip(found, sums, strict=True)]
     strata: dict[Hashable, Hashable] = {}
     for each, group in zip(found, groups, strict=True):
         if each.split is None:
             strata.setdefault(group, (each.modality, each.finding))
-    splits = split_evenly(strata)
+    splits = addition.splits(strata, zip(groups, sums, strict=True))
     sizes = Counter(each.split for each in found)
     if sizes[None] not in (0, len(found)):
         logger.warning("%d images name no split and were given one.", sizes[None])

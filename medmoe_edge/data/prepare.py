@@ -33,8 +33,9 @@ from medmoe_edge.data.datasets import (
     parse_json,
     read_examples,
     safe_name,
+    set_name,
 )
-from medmoe_edge.data.folder import Addition, Prepared, adding, set_name, split_evenly
+from medmoe_edge.data.folder import Addition, Prepared, adding
 from medmoe_edge.errors import DataError, InputError, needs, of_machine
 
 Dataset = Literal["slake", "vqa-rad", "pathvqa"]
@@ -169,7 +170,7 @@ def prepare(
             )
     with (
         Download(source) as download,
-        adding(dataset.replace("-", "_"), out, force=force, as_published=as_published) as (
+        adding(dataset.replace("-", "_"), source, out, force=force, as_published=as_published) as (
             addition,
             prepared,
         ),
@@ -195,16 +196,17 @@ def add_questions(
     """Add a list of questions, in either form of `read_examples`, with its images.
 
     Without `split`, a tenth of the patients (or pictures, where none is named) each is held out to
-    validate and to test on. `name` is the set's, by default the file's. Raises `DataError` as
-    `read_examples` does.
+    validate and to test on; pictures that the folder holds already keep their split. `name` is the
+    set's, by default the file's. Raises `DataError` as `read_examples` does.
     """
     examples = read_examples(source, check_images=True)
     images = {example.image for example in examples}
     sums = {image: hashlib.sha256(image.read_bytes()).hexdigest() for image in images}
     groups = {example.id: example.patient or sums[example.image] for example in examples}
-    splits = split_evenly(dict.fromkeys(groups.values()))
     name = set_name(name or source.stem)
-    with adding(name, out, force=force) as (addition, prepared):
+    with adding(name, source, out, force=force) as (addition, prepared):
+        pairs = [(groups[example.id], sums[example.image]) for example in examples]
+        splits = addition.splits(dict.fromkeys(groups.values()), pairs)
         for example in examples:
             mark = sums[example.image]
             image = f"{mark[:16]}{''.join(example.image.suffixes[-2:])}"

@@ -231,7 +231,7 @@ def read_device(file: Path) -> Device:
 
 def _parsed(file: Path) -> Any:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read.", "Give a .toml or .json file.") from error
     try:

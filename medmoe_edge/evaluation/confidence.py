@@ -28,7 +28,7 @@ from medmoe_edge._types import Doubles
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle, write_confidence
 from medmoe_edge.bundle.trust import SIGNATURE, is_signed
 from medmoe_edge.config import Confidence, Curve, answer_kind
-from medmoe_edge.data.datasets import Example
+from medmoe_edge.data.datasets import Example, owner_of
 from medmoe_edge.embedded import is_installed
 from medmoe_edge.engine.loading import remember, remembered
 from medmoe_edge.errors import DataError, InputError, ResourceError, needs
@@ -352,7 +352,7 @@ def _answers(examples: Sequence[Example], predictions: Sequence[Prediction]) -> 
         if example.answer and one.confidence is not None
     ]
     right = np.array([one.correct for _, one in pairs], np.float64)
-    groups = [example.patient or str(example.image) for example, _ in pairs]
+    groups = [owner_of(example) for example, _ in pairs]
     image = np.unique(groups, return_inverse=True)[1] if groups else np.zeros(0, np.int64)
     if len(pairs) < FEWEST or image.max() < 2:
         raise DataError(

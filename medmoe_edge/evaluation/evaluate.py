@@ -11,6 +11,7 @@ here ids have to match.
 """
 
 import json
+import logging
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,6 +29,7 @@ from medmoe_edge.data.datasets import (
     Record,
     by_image,
     json_lines,
+    owner_of,
     read_examples,
     read_text,
 )
@@ -48,6 +50,7 @@ Choose = Callable[[Sequence[Example]], Sequence[Example]]
 """Picks the questions that are scored."""
 
 UNKNOWN = "unknown"
+logger = logging.getLogger(__name__)
 MAX_NEW_TOKENS = 32
 MOST_NEW_TOKENS = 2048  # what the official evaluation allows an answer
 BLIND_AT_ONCE = 32  # questions
@@ -120,7 +123,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Score:
-    """Figures (0..1) over `n` questions, with 95% intervals from resampling their images.
+    """Figures (0..1) over `n` questions, with 95% intervals from resampling patients or images.
 
     `accuracy` is the papers' mixture: the reference found in the prediction (closed questions),
     token recall (open ones).
@@ -241,6 +244,8 @@ def score_answers(
     examples: Sequence[Example], answers: Mapping[str, Answer], expert_names: Sequence[str] = ()
 ) -> Evaluation:
     """Score answers, each under the id of its question."""
+    if unknown := sum(not example.answer for example in examples):
+        logger.warning("%d questions have no answer to be met: they count as wrong.", unknown)
     scored = [_scored(example, answers[example.id]) for example in examples]
     pairs = list(zip(examples, scored, strict=True))
     # One modality per image: that of its first answer, which the reversal lets win.
@@ -374,15 +379,15 @@ def _reliability(predictions: Iterable[Prediction]) -> Reliability | None:
 
 
 def _score(pairs: _Pairs) -> Score:
-    images = [str(example.image) for example, _ in pairs]
+    owners = [owner_of(example) for example, _ in pairs]
     exact = [float(prediction.correct) for _, prediction in pairs]
     accuracy = [prediction.score for _, prediction in pairs]
     return Score(
         n=len(pairs),
         exact_match=sum(exact) / len(exact),
-        exact_match_interval=bootstrap_interval(exact, images),
+        exact_match_interval=bootstrap_interval(exact, owners, shares=True),
         accuracy=sum(accuracy) / len(accuracy),
-        accuracy_interval=bootstrap_interval(accuracy, images),
+        accuracy_interval=bootstrap_interval(accuracy, owners, shares=True),
     )
 
 
@@ -471,7 +476,8 @@ def read_predictions(file: Path) -> list[GivenAnswer]:
 def _answer(record: Record) -> GivenAnswer:
     if "question_id" in record.value:
         return GivenAnswer(record.text("question_id"), record.text("text", empty=True))
-    confidence, complete = record.value.get("confidence"), record.value.get("complete", True)
+    confidence = record.value.get("confidence")
+    complete, unsure = (record.value.get(*each) for each in (("complete", True), ("unsure", False)))
     if confidence is not None and (
         isinstance(confidence, bool)
         or not isinstance(confidence, int | float)
@@ -481,14 +487,16 @@ def _answer(record: Record) -> GivenAnswer:
             f"{record.where}: 'confidence' is no number from 0 to 1.",
             "Correct it, or leave it out.",
         )
-    if not isinstance(complete, bool):
-        raise DataError(f"{record.where}: 'complete' is not true or false.", "Correct it.")
+    if not isinstance(complete, bool) or not isinstance(unsure, bool):
+        name = "unsure" if isinstance(complete, bool) else "complete"
+        raise DataError(f"{record.where}: {name!r} is not true or false.", "Correct it.")
     return GivenAnswer(
         record.text("id"),
         record.text("prediction", empty=True),
         None if confidence is None else float(confidence),
         record.optional("modality_found"),
         complete,
+        unsure,
     )
 
 

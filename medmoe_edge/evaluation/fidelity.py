@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from medmoe_edge._types import Counting, Floats, no_counting
 from medmoe_edge.config import ModelConfig, MoEConfig
-from medmoe_edge.data.datasets import Example, by_image
+from medmoe_edge.data.datasets import Example, by_image, owner_of
 from medmoe_edge.errors import DataError, InputError, ModelError
 from medmoe_edge.evaluation.metrics import (
     Accuracy,
@@ -519,5 +519,5 @@ def _accuracy(said: list[_Said]) -> Accuracy | None:
         reference=float(reference.mean()),
         candidate=float(candidate.mean()),
         difference=float(difference.mean()),
-        interval=bootstrap_interval(difference, [str(part.example.image) for part in said]),
+        interval=bootstrap_interval(difference, [owner_of(part.example) for part in said]),
     )

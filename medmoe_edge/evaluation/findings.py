@@ -16,10 +16,25 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge._types import Counting, Doubles, no_counting
-from medmoe_edge.data.datasets import NO_SCAN, Example, Finding, Record, parse_json, read_text
+from medmoe_edge.data.datasets import (
+    NO_SCAN,
+    Example,
+    Finding,
+    Record,
+    owner_of,
+    parse_json,
+    read_text,
+)
 from medmoe_edge.errors import DataError, Notice
 from medmoe_edge.evaluation.evaluate import MAX_NEW_TOKENS, Prediction
-from medmoe_edge.evaluation.metrics import Share, bootstrap_interval, exact_match, normalise
+from medmoe_edge.evaluation.metrics import (
+    Z95,
+    Share,
+    bootstrap_interval,
+    exact_match,
+    normalise,
+    wilson_interval,
+)
 from medmoe_edge.image.pixels import Image, black_picture
 
 YES, NO = CHOICES = ("Yes", "No")
@@ -128,7 +143,7 @@ class Paraphrased:
     """What other words cost: exact match of `questions` and of their paraphrases, 0 to 1.
 
     Every question weighs the same, however many paraphrases it has. `loss` is the first less the
-    second, with its 95% interval from resampling images.
+    second, with its 95% interval from resampling patients or images.
     """
 
     questions: int
@@ -186,7 +201,7 @@ def evaluate_findings(
         for name, chance in zip(asked, _yes(engine, one.image, asked), strict=True):
             likely[name].append(chance)
             there[name].append(name in one.present)
-            patients[name].append(one.patient or str(one.image))
+            patients[name].append(owner_of(one))
         progress(done, len(known))
     blind = dict(zip(names, _yes(engine, black_picture(), names), strict=True))
     return tuple(
@@ -347,7 +362,7 @@ def evaluate_paraphrases(
         answers = iter(engine.ask_all(image, texts, max_new_tokens=MAX_NEW_TOKENS))
         for example, prediction, others in group:
             hits = [exact_match(next(answers).text, example.answer) for _ in others]
-            row = _Reworded(str(image), prediction.correct, sum(hits) / len(hits), len(hits))
+            row = _Reworded(owner_of(example), prediction.correct, sum(hits) / len(hits), len(hits))
             rows["all"].append(row)
             rows[example.source].append(row)
         progress(done, len(by_image))
@@ -356,7 +371,7 @@ def evaluate_paraphrases(
 
 @dataclass(frozen=True)
 class _Reworded:
-    image: str
+    owner: str
     original: bool
     paraphrased: float
     asked: int
@@ -372,7 +387,7 @@ def _paraphrased(rows: Sequence[_Reworded]) -> Paraphrased:
         original=original,
         paraphrased=reworded,
         loss=original - reworded,
-        interval=bootstrap_interval(losses, [row.image for row in rows]),
+        interval=bootstrap_interval(losses, [row.owner for row in rows]),
     )
 
 
@@ -438,7 +453,11 @@ def _wins(scores: Doubles, there: npt.NDArray[np.bool_]) -> Doubles:
 def _auc_interval(
     scores: Doubles, there: npt.NDArray[np.bool_], patients: Sequence[str]
 ) -> tuple[float, float]:
-    """The 95% percentile interval, resampling patients."""
+    """The 95% percentile interval, resampling patients.
+
+    Where all that is drawn orders them alike, as of few patients, Wilson's stands in, over those
+    of the rarer kind.
+    """
     _, member = np.unique(patients, return_inverse=True)
     count = int(member.max()) + 1
     draws = np.random.default_rng(0).multinomial(count, [1 / count] * count, size=ROUNDS)
@@ -447,5 +466,8 @@ def _auc_interval(
     wins = np.einsum("rp,pa,ra->r", present, _wins(scores, there), absent, optimize=True)
     pairs = present.sum(1) * absent.sum(1)
     areas = wins[pairs > 0] / pairs[pairs > 0]
-    low, high = np.quantile(areas, (0.025, 0.975))
-    return float(low), float(high)
+    low, high = map(float, np.quantile(areas, (0.025, 0.975)))
+    if low == high and np.ptp(scores) > 0:
+        fewest = min(len(np.unique(member[kind])) for kind in (there, ~there))
+        return wilson_interval(low, fewest, Z95)
+    return low, high

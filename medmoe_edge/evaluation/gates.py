@@ -30,7 +30,7 @@ from medmoe_edge.bundle.recorded import (
     sums_error,
 )
 from medmoe_edge.config import Config
-from medmoe_edge.evaluation.metrics import Answers, Fidelity, Share
+from medmoe_edge.evaluation.metrics import Answers, Fidelity, Share, wilson_interval
 
 EXPERT = re.compile(r"(|.*\.)(experts\.\d+|meta)\.(.+)")
 SURE = 10  # times the distance of two experts' marks over the root of their number: 5 deviations
@@ -217,7 +217,8 @@ def judge(fidelity: Fidelity, gates: Gates, faults: Sequence[str] = ()) -> list[
     """Hold the figures against the gates; those that do not apply are left out.
 
     Proportions have Wilson's one-sided 95% bounds, with tokens taken as independent (which makes
-    routing the stricter); the others the 95% interval from resampling images.
+    routing the stricter); the others the 95% interval from resampling patients
+    or images.
 
     Args:
         fidelity: The figures.
@@ -258,17 +259,10 @@ def _judge_answers(answers: Answers, gates: Gates, prefix: str = "") -> Iterator
 
 
 def wilson(share: Share) -> tuple[float, float]:
-    """Lower and upper one-sided 95% bounds of a proportion.
-
-    Source: Wilson, Probable inference, JASA 22 (1927), 209-212.
-    """
+    """Lower and upper one-sided 95% bounds of a proportion."""
     if not share.total:
         return 0.0, 1.0
-    p, n = share.count / share.total, share.total
-    centre = p + Z**2 / (2 * n)
-    half = Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-    scale = 1 + Z**2 / n
-    return max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0)
+    return wilson_interval(share.count / share.total, share.total, Z)
 
 
 def outcome_of(gates: Iterable[GateResult]) -> Outcome:

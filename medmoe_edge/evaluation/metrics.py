@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge.config import Bin, Config, Reliability, Unsure, later
+from medmoe_edge.prompt import as_seen
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_GROUPS = re.compile(r"\d,\d")
@@ -51,9 +52,10 @@ def normalise(text: str) -> str:
 
     As the official function does, punctuation beside a space, or anywhere in a text with digit
     groups such as 1,000, vanishes, and becomes a space elsewhere; decimal points stay. Unlike it,
-    a text of nothing but articles or punctuation stays as it is, so that "A" is not "the".
+    a text of nothing but articles or punctuation stays as it is, so that "A" is not "the", and
+    what looks the same is the same, such as an accent that is composed and one that is not.
     """
-    text = " ".join(text.replace("\u2019", "'").lower().split())
+    text = " ".join(as_seen(text).replace("\u2019", "'").lower().split())
     words = [_NUMBERS.get(word, word) for word in _without_punctuation(text).split()]
     kept = [_WHOLE.get(word, word) for word in words if word not in _ARTICLES]
     return " ".join(kept or words) or text
@@ -166,13 +168,14 @@ Z95 = 1.959963984540054  # two-sided 95% of a normal distribution
 
 
 def bootstrap_interval(
-    values: npt.ArrayLike, groups: npt.ArrayLike, *, rounds: int = 1000
+    values: npt.ArrayLike, groups: npt.ArrayLike, *, shares: bool = False, rounds: int = 1000
 ) -> tuple[float, float]:
     """95% percentile interval of the mean of `values` [N], resampling whole `groups` [N].
 
-    Questions about one image are not independent, so images are what is drawn
+    Questions about one image, or one patient, are not independent, so these are what is drawn
     (cluster bootstrap; Davison & Hinkley, Bootstrap Methods, 1997, hierarchical data). Where all
-    are right, or all wrong, that has no width, and Wilson's interval over the groups stands in.
+    are right, or all wrong, that has no width, and Wilson's interval over the groups stands in; of
+    `shares` (0 to 1) also where all groups are alike otherwise, as where there is only one.
     """
     data = np.asarray(values, dtype=np.float64)
     _, member = np.unique(np.asarray(groups), return_inverse=True)
@@ -181,10 +184,17 @@ def bootstrap_interval(
     draws = np.random.default_rng(0).multinomial(count, [1 / count] * count, size=rounds)
     means = (draws @ sums) / (draws @ sizes)  # [rounds]
     low, high = np.quantile(means, (0.025, 0.975))
-    if low == high and low in (0.0, 1.0):  # drawing again and again finds no other image
-        slack = Z95**2 / (count + Z95**2)  # Wilson's interval at its end (JASA 22, 1927)
-        return (0.0, slack) if low == 0 else (1 - slack, 1.0)
+    if low == high and (shares or low in (0, 1)):  # drawing on and on finds no other image
+        return wilson_interval(float(low), count, Z95)
     return float(low), float(high)
+
+
+def wilson_interval(share: float, count: int, z: float) -> tuple[float, float]:
+    """Of a share of `count`, at `z` deviations of a normal (Wilson, JASA 22 (1927), 209-212)."""
+    centre = share + z**2 / (2 * count)
+    half = z * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    scale = 1 + z**2 / count
+    return max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0)
 
 
 def _without_punctuation(text: str) -> str:
@@ -243,7 +253,8 @@ class Share(Config):
 class Accuracy(Config):
     """Exact match with the reference answers of `n` questions that have one.
 
-    `difference` is candidate less reference, with its 95% interval from resampling images.
+    `difference` is candidate less reference, with its 95% interval from resampling patients or
+    images.
     """
 
     n: int

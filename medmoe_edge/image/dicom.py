@@ -121,24 +121,19 @@ def read_grey_values(
     return finite(values).astype(np.float32), is_inverted(header, layout)
 
 
-def read_kind(path: Path) -> tuple[str | None, str | None]:
-    """The standard's name of a file's storage class, and its modality; None where it has none."""
-    with open_container(path) as container:
-        modality = modality_of(container.header)
-        kind = _class_name(container)
-    return kind, modality
+def read_origin(path: Path) -> tuple[bool, str | None, str | None]:
+    """Whether a file is an image, its modality, and a name for its patient; None if not stated.
 
-
-def read_origin(path: Path) -> tuple[str | None, str | None]:
-    """A file's modality, and a name for its patient: a hash of the PatientID; None if not stated.
-
-    The hash keeps one patient's images together and does not tell who that is to a reader; whoever
-    knows the list of all identifiers can still find it out.
+    No image are reports, plans, directories ... The name is a hash of the PatientID or, in archives
+    that took it out, of the study. It keeps one patient's images together and does not tell who
+    that is to a reader; whoever knows the list of all identifiers can still find it out.
     """
     with open_container(path) as container:
-        patient = container.header.text("PatientID")
-        modality = modality_of(container.header)
-    return modality, hashlib.sha256(patient.encode()).hexdigest()[:16] if patient else None
+        header, kind = container.header, _class_name(container)
+        patient = header.text("PatientID") or header.text("StudyInstanceUID")
+        modality = modality_of(header)
+    named = hashlib.sha256(patient.encode()).hexdigest()[:16] if patient else None
+    return kind is None or "Image" in kind, modality, named
 
 
 def read_stated(path: Path, frame: int | None) -> dict[str, Any]:

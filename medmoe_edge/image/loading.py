@@ -198,8 +198,8 @@ def _crop(picture: Pillow.Image, width: int, height: int) -> Pillow.Image:
     return picture.crop((left, top, left + width, top + height))
 
 
-def dicom_origin(path: Path) -> tuple[str | None, str | None]:
-    """The modality and a name for the patient that a DICOM file states; see `dicom.read_origin`.
+def dicom_origin(path: Path) -> tuple[bool, str | None, str | None]:
+    """What a DICOM file states of its image and its patient; see `dicom.read_origin`.
 
     Raises `ImageError` for a file that cannot be read as DICOM.
     """

@@ -153,7 +153,7 @@ class VerifyOptions(Options):
         super().__post_init__()
         if self.against is None and (self.beside or self.vision_tower):
             raise InputError(
-                "--data and --beside measure against a checkpoint.",
+                "--data, --beside and --vision-tower are to measure against a checkpoint.",
                 "Add --against CHECKPOINT.",
             )
         if self.against is None and self.record:

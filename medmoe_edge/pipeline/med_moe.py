@@ -242,6 +242,11 @@ def _check_options(options: ExportOptions) -> None:
     """Raise `InputError` for options that exclude each other."""
     if options.calibrate_on is not None and options.stats is not None:
         raise InputError("Both data and statistics were given.", "Give one of the two.")
+    if options.strict and options.calibrate_on is None and options.stats is None:
+        raise InputError(
+            "What experts are reached is told by a calibration, and none was given.",
+            "Add --calibrate DATA or --stats FILE, or leave --strict out.",
+        )
     if options.merge and not options.modalities:
         raise InputError("What is to be merged?", "Name its modality: --modality xray --merge.")
     if options.merge and options.experts is not None:

@@ -386,8 +386,8 @@ def write_proof(proof: "Proof", folder: Path, *, force: bool = False) -> None:
     from medmoe_edge.device.prove import PAGE, RECORD
 
     with atomic_folder(folder, force=force, marker=RECORD) as out:
-        (out / RECORD).write_text(json.dumps(proof.to_json(), indent=2) + "\n")
-        (out / PAGE).write_text(proof_page(proof))
+        (out / RECORD).write_text(json.dumps(proof.to_json(), indent=2) + "\n", encoding="utf-8")
+        (out / PAGE).write_text(proof_page(proof), encoding="utf-8")
 
 
 def proof_page(proof: "Proof") -> str:

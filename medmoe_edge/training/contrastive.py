@@ -5,12 +5,13 @@ A run is one phase; it minimises the losses of `models/contrastive.py`.
 Its BERT starts from nothing, with a small WordPiece vocabulary trained on the captions.
 """
 
+import hashlib
 import json
 import os
 import random
 import string
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from accelerate import PartialState
 from rich.progress import Progress
 from tokenizers import models, trainers
 from torch import Tensor, nn
@@ -42,11 +44,12 @@ from medmoe_edge.data.datasets import (
     BOXES_FILES,
     LABELS_FILE,
     LabelledImage,
+    owner_of,
     questions_of,
     read_examples,
     read_labels,
 )
-from medmoe_edge.errors import DataError
+from medmoe_edge.errors import ConfigError, DataError, InputError
 from medmoe_edge.image.loading import load_image, seen_square
 from medmoe_edge.models.contrastive import (
     GROUNDING_WEIGHT,
@@ -59,11 +62,23 @@ from medmoe_edge.models.contrastive import (
     similarity,
 )
 from medmoe_edge.presets import MODALITY_PRESETS
-from medmoe_edge.training.data import Listed, Pictures, augment
+from medmoe_edge.training.data import (
+    Listed,
+    Pictures,
+    augment,
+    check_pictures,
+    same_pictures,
+)
 from medmoe_edge.training.initialise import random_modality_model
 from medmoe_edge.training.loop import Loader, Session, fit
-from medmoe_edge.training.recipe import PrecisionChoice, Schedule, about, recipe_json
-from medmoe_edge.training.report import Planned, TrainOptions
+from medmoe_edge.training.recipe import (
+    PrecisionChoice,
+    Schedule,
+    about,
+    recipe_json,
+    recipe_of,
+)
+from medmoe_edge.training.report import PRECISION, Planned, TrainOptions, begin_run
 
 _LETTERS = string.ascii_lowercase + string.digits
 
@@ -279,6 +294,13 @@ class ModalityRecipe(Config):
     shared_expert: bool = about("train the model without experts", False)
     hold_out: int = about("each so many-th image is kept to fit scores on", 20)
 
+    def __post_init__(self) -> None:
+        if self.hold_out < 2:
+            raise ConfigError(
+                f"The recipe's hold_out is {self.hold_out}.",
+                "Use 2 or more: each so many-th image is not learned from.",
+            )
+
     def model_config(self) -> ModalityConfig:
         """What is trained; raises `DataError` for a preset that is no MedMoE."""
         if self.preset not in MODALITY_PRESETS:
@@ -290,8 +312,8 @@ class ModalityRecipe(Config):
 
 
 def read_modality_recipe(name_or_path: str) -> ModalityRecipe:
-    """A MedMoE recipe that ships with the package, by name, or a JSON file."""
-    return ModalityRecipe.from_json(recipe_json(name_or_path), "recipe")
+    """A MedMoE recipe that ships with the package, by name, or a TOML or JSON file."""
+    return recipe_of(ModalityRecipe, name_or_path)
 
 
 def is_modality_recipe(name_or_path: str) -> bool:
@@ -358,14 +380,23 @@ def train_modality(
 
     The state is saved in `out` after every epoch, so a second call goes on where the first was
     interrupted. Runs under `accelerate launch` unchanged. Raises `InputError` where
-    `out/checkpoint` is something else.
+    `out/checkpoint` is something else and for options that it does not have, `DataError` for data
+    that cannot be used, or others than the run was begun with.
     """
     options = options or TrainOptions()
+    if options.base or options.lora_rank or options.vision_tower:
+        raise InputError(
+            "A modality-moe model starts from nothing, with a tower of its own and no adapters.",
+            "Leave --from, --lora and --vision-tower out.",
+        )
     folder = out / "checkpoint"
     check_target(folder, force=True, marker="config.json")  # refused here, not after training
     check_apart(folder, around=(data,))
     config = recipe.model_config()
     corpus = read_modality_corpus(recipe, data)
+    with PartialState().main_process_first():
+        told = {"recipe": recipe.to_json(), "data": _digest(corpus)}
+        begin_run(out, told, ("alignment",), ("tokenizer.json", PRECISION))
     precision = options.precision or recipe.precision
     session = Session.begin(
         out, recipe.seed, progress, precision, options.say, tensorboard=options.tensorboard
@@ -403,11 +434,11 @@ def train_modality(
 
 
 def read_modality_corpus(recipe: ModalityRecipe, data: Path) -> ModalityCorpus:
-    """The images that a recipe names, from the data folder.
+    """The images that a recipe names, from the data folder; no picture is learned and held out.
 
     Raises `DataError` also where what is held out has nothing to fit scores on.
     """
-    labelled = read_labels(data / (recipe.labels or LABELS_FILE))
+    labelled = read_labels(data / (recipe.labels or LABELS_FILE), check_images=True)
     learned, held_out = hold_out([i for i in labelled if i.split == "train"], recipe.hold_out)
     if not zero_shot_tasks(held_out):
         raise DataError(
@@ -416,7 +447,15 @@ def read_modality_corpus(recipe: ModalityRecipe, data: Path) -> ModalityCorpus:
             "Label more images, or set hold_out lower.",
         )
     questions = data / recipe.questions if recipe.questions else questions_of(data, "train")
-    facts = fact_captions(read_examples(questions)) if questions else []
+    examples = read_examples(questions, check_images=True) if questions else []
+    validation = [item for item in labelled if item.split != "train"]
+    check_pictures([*learned, *examples], validation)
+    known = same_pictures([i.image for i in labelled] + [each.image for each in examples])
+    apart: set[Hashable] = {known[item.image] for item in (*held_out, *validation)}
+    apart |= {owner_of(item) for item in (*held_out, *validation)}
+    facts = fact_captions(
+        each for each in examples if not apart & {known[each.image], owner_of(each)}
+    )
     captioned = [*label_captions(learned), *facts]
     images = [item.image for item in captioned]
     drawn = [data / recipe.boxes] if recipe.boxes else [data / name for name in BOXES_FILES]
@@ -425,19 +464,42 @@ def read_modality_corpus(recipe: ModalityRecipe, data: Path) -> ModalityCorpus:
         captioned,
         read_grounded(boxes, images) if boxes else [],
         held_out,
-        [item for item in labelled if item.split != "train"],
+        validation,
     )
+
+
+def _digest(corpus: ModalityCorpus) -> str:
+    """A hash of what is learned from and fitted to: the names of images, and what is known."""
+    told: list[Captioned | GroundedPhrase | LabelledImage]
+    told = [*corpus.captioned, *corpus.grounded, *corpus.held_out]
+    digest = hashlib.sha256()
+    for item in told:
+        digest.update(f"{vars(item) | {'image': item.image.name}}\n".encode())
+    return digest.hexdigest()
 
 
 def hold_out(
     labelled: Sequence[LabelledImage], every: int
 ) -> tuple[list[LabelledImage], list[LabelledImage]]:
-    """All but each `every`th image of each modality, body and finding, and those."""
-    groups: dict[tuple[str, ...], list[LabelledImage]] = defaultdict(list)
+    """All but each `every`th image of each modality, body and finding, and those.
+
+    A patient's images count as one, and are held out together.
+    """
+    groups: dict[tuple[str, ...], dict[str, list[LabelledImage]]] = defaultdict(dict)
     for item in labelled:
-        groups[item.modality, item.body, item.finding].append(item)
-    learned = [i for group in groups.values() for at, i in enumerate(group, 1) if at % every]
-    return learned, [i for group in groups.values() for i in group[every - 1 :: every]]
+        group = groups[item.modality, item.body, item.finding]
+        group.setdefault(owner_of(item), []).append(item)
+    held: set[str] = set()
+    for group in groups.values():
+        owners = list(group)
+        held.update(owners[every - 1 :: every])
+        if len(owners) < every <= sum(map(len, group.values())):
+            held.add(owners[-1])  # few patients with many images each
+    ordered = [item for group in groups.values() for own in group.values() for item in own]
+    apart: tuple[list[LabelledImage], list[LabelledImage]] = ([], [])
+    for item in ordered:
+        apart[owner_of(item) in held].append(item)
+    return apart
 
 
 @torch.no_grad()

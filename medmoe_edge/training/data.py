@@ -11,9 +11,11 @@ exactly what it would on separate sequences, but the image is processed once.
 
 import hashlib
 import itertools
+import logging
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -23,17 +25,26 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 from torch.utils.data import DataLoader, Dataset
 
+from medmoe_edge.atomic import file_sha256
 from medmoe_edge.config import ModelConfig, VisionConfig
 from medmoe_edge.config_contrastive import SwinConfig
 from medmoe_edge.data.captions import NAMES
-from medmoe_edge.data.datasets import NO_SCAN, Example, Finding, LabelledImage, by_image
-from medmoe_edge.errors import ConfigError
+from medmoe_edge.data.datasets import (
+    NO_SCAN,
+    Example,
+    Finding,
+    LabelledImage,
+    by_image,
+    owner_of,
+)
+from medmoe_edge.errors import ConfigError, DataError
 from medmoe_edge.image.loading import load_image, preprocess
 from medmoe_edge.models.med_moe import EfficientNetLite
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.training.loop import Loader
 from medmoe_edge.training.questions import reworded
 
+logger = logging.getLogger(__name__)
 ROTATION = math.radians(12)
 SCALE = 0.15
 SHIFT = 0.08
@@ -78,6 +89,51 @@ def _uniform(limit: float, generator: torch.Generator, *shape: int) -> Tensor:
 
 
 Item = TypeVar("Item")
+
+
+def same_pictures(images: Iterable[Path]) -> dict[Path, Hashable]:
+    """What tells the pictures of files apart: their bytes, read where they are as many."""
+    sizes = {image: image.stat().st_size for image in dict.fromkeys(images)}
+    alone = Counter(sizes.values())
+    return {
+        image: size if alone[size] == 1 else file_sha256(image) for image, size in sizes.items()
+    }
+
+
+def check_pictures(
+    learned: Iterable[Example | LabelledImage | Finding],
+    held_out: Iterable[Example | LabelledImage | Finding],
+) -> None:
+    """Raise `DataError` for a picture of two modalities; warn of what is learned and held out too.
+
+    That are pictures and patients. A picture is known by its bytes, whatever its files are called.
+    """
+    first, second = list(learned), list(held_out)
+    known = same_pictures(each.image for each in (*first, *second))
+    said: dict[Hashable, tuple[str, Path]] = {}
+    for each in filter(lambda each: each.modality, (*first, *second)):
+        modality, elsewhere = said.setdefault(known[each.image], (each.modality or "", each.image))
+        if modality != each.modality:
+            raise DataError(
+                f"The picture {each.image} is labelled {each.modality}, and {modality} as "
+                f"{elsewhere}.",
+                "A picture is of one modality: keep the right label.",
+            )
+
+    def keys(each: Example | LabelledImage | Finding) -> Iterator[Hashable]:
+        yield known[each.image]
+        if each.patient:
+            yield owner_of(each)
+
+    own = {key: each.image for each in first for key in keys(each)}
+    both = {key: own[key] for each in second for key in keys(each) if key in own}
+    if both:
+        logger.warning(
+            "%d pictures or patients are learned from and held out too (%s is one): what is "
+            "measured on these says nothing of others. medmoe-edge data keeps them apart.",
+            len(both),
+            next(iter(both.values())),
+        )
 
 
 KEPT_BYTES = 2 * 10**9  # of decoded images, and of views

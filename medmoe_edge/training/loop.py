@@ -272,6 +272,8 @@ def fit(
     """Train `objective` in place for one phase; goes on where `name.safetensors` left off.
 
     Runs unchanged under `accelerate launch`: everything distributed is Accelerate's.
+
+    Raises `DataError` where it diverges; the state of the epoch before stays.
     """
     accelerator, report = session.accelerator, session.report
     accelerator.gradient_accumulation_steps = phase.accumulation
@@ -290,6 +292,7 @@ def fit(
             objective.train()
             loss = _epoch(wrapped, prepared, loader, phase, epoch, session)
             objective.eval()
+            check_finite(name, epoch, loss, objective)
             if accelerator.is_main_process:
                 save_state(state, objective, optimisers, epoch + 1)
             with torch.random.fork_rng([]):  # the state is saved: a resumed run does not validate
@@ -302,6 +305,17 @@ def fit(
     objective.eval()
     merge_adapters(objective, adapted)
     accelerator.free_memory()  # it would keep this phase's optimiser
+
+
+def check_finite(phase: str, epoch: int, loss: float, objective: nn.Module) -> None:
+    """Raise `DataError` where an epoch left a loss or weights that are no numbers."""
+    weights = (bool(torch.isfinite(each).all()) for each in objective.parameters())
+    if not (math.isfinite(loss) and all(weights)):
+        raise DataError(
+            f"The training has diverged: epoch {epoch + 1} of the phase {phase} ended without "
+            "finite numbers, and was not kept.",
+            "Lower its learning_rate or raise its warmup in the recipe, and start in a new folder.",
+        )
 
 
 def prepare_parameters(objective: nn.Module, phase: Schedule) -> None:
@@ -359,6 +373,8 @@ def _epoch(
                 optimiser.step()
                 optimiser.zero_grad()
         total += float(loss.detach())
+        if not math.isfinite(total) and accelerator.num_processes == 1:  # others would wait
+            break
         session.report.step(len(batch.pixels) * accelerator.num_processes)
     return total / max(steps, 1)
 

@@ -5,6 +5,7 @@ Each field says in its metadata what it is for: the schema and `train --show-rec
 
 import dataclasses
 import json
+import math
 import tomllib
 import types
 import typing
@@ -12,12 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from medmoe_edge.config import Config, RefusalCode, later
 from medmoe_edge.errors import ConfigError, DataError
 
 MIN_VOCABULARY = 257  # one token a byte, and the end of an answer
+RecipeT = TypeVar("RecipeT", bound=Config)
 PrecisionChoice = Literal["auto", "fp32", "bf16"]
 
 
@@ -62,6 +64,12 @@ class Schedule(Config):
             raise ConfigError(
                 "A phase of the recipe has a count that is too small.",
                 "Set batch_images and accumulation to 1 or more; name what to train.",
+            )
+        rates = (self.learning_rate, self.tower_rate, self.matrix_rate, self.weight_decay)
+        if not all(0 <= rate < math.inf for rate in rates):
+            raise ConfigError(
+                "A phase of the recipe has a rate below 0, or one that is no number.",
+                "Check learning_rate, tower_rate, matrix_rate and weight_decay.",
             )
         if not (0 <= self.warmup < 1 and 0 <= self.dropout <= 1):
             raise ConfigError(
@@ -268,8 +276,13 @@ class Recipe(Config):
 
 def read_recipe(name_or_path: str) -> Recipe:
     """A Med-MoE recipe that ships with the package, by name, or a TOML or JSON file."""
+    return recipe_of(Recipe, name_or_path)
+
+
+def recipe_of(kind: type[RecipeT], name_or_path: str) -> RecipeT:
+    """A recipe of a kind, as of `read_recipe`; raises `DataError`, which names it."""
     try:
-        return Recipe.from_json(recipe_json(name_or_path), "recipe")
+        return kind.from_json(recipe_json(name_or_path), "recipe")
     except ConfigError as error:
         raise DataError(f"The recipe {name_or_path!r}: {error.what}", error.remedy) from error
 
@@ -289,7 +302,7 @@ def recipe_json(name_or_path: str) -> dict[str, Any]:
     shipped = files("medmoe_edge.training").joinpath("recipes", f"{name_or_path}.json")
     try:
         source = shipped if shipped.is_file() else Path(name_or_path)
-        text = source.read_text(encoding="utf-8")
+        text = source.read_text(encoding="utf-8-sig")
         data = json.loads(text) if text.lstrip()[:1] in ("{", "") else tomllib.loads(text)
     except FileNotFoundError as error:
         raise DataError(

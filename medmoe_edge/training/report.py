@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -48,6 +48,42 @@ class TrainOptions(Options):
     lora_rank: int | None = None
     tensorboard: bool = False
     say: Callable[[str], None] = lambda line: None
+
+
+def begin_run(
+    folder: Path, told: Mapping[str, Any], phases: Iterable[str], made: Iterable[str]
+) -> None:
+    """Note what the run in a folder is; where no epoch is done yet it may become another's.
+
+    Args:
+        folder: Of the run, which is made.
+        told: What it is made of, as JSON values.
+        phases: By whose names the states of its epochs are called.
+        made: Files that an earlier run may have left before its first epoch, and that go then.
+
+    Raises:
+        DataError: A run was begun by another recipe, from another checkpoint or on other data.
+    """
+    file, own = folder / RUN, json.loads(json.dumps(told))
+    if file.exists():
+        try:
+            begun = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            damaged = DataError(f"{file} is damaged.", "Start in a new folder.")
+            raise (of_machine(str(file), error) or damaged) from error
+        if begun == own:
+            return
+        if any((folder / f"{phase}.safetensors").exists() for phase in phases):
+            raise DataError(
+                f"The run in {folder} was begun by another recipe, from another checkpoint or on "
+                "other data.",
+                "Use what it was made with, or start in a new folder.",
+            )
+        for name in (*made, LOG, TABLE):
+            (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_file(file) as stream:
+        stream.write(json.dumps(own, indent=1).encode() + b"\n")
 
 
 _PROBE = (128, 512, 1024)  # rows, and the sizes of a feed-forward layer that is timed

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from medmoe_edge._types import Progress, no_progress
-from medmoe_edge.atomic import atomic_folder, check_apart, link
+from medmoe_edge.atomic import atomic_folder, check_apart, check_target, link
 from medmoe_edge.checkpoint.keys import is_router
 from medmoe_edge.checkpoint.reader import Checkpoint, import_router, read_checkpoint
 from medmoe_edge.checkpoint.tensors import read_json, save_shard
@@ -27,7 +27,15 @@ from medmoe_edge.data.datasets import LABELS_FILE, modality_name, read_labels
 from medmoe_edge.embedded import is_installed
 from medmoe_edge.errors import CheckpointError, DataError, InputError
 from medmoe_edge.models.med_moe import MedMoE
-from medmoe_edge.training.data import IMAGE_ID, SHARED, UNKNOWN, Batches, Conversation, instructions
+from medmoe_edge.training.data import (
+    IMAGE_ID,
+    SHARED,
+    UNKNOWN,
+    Batches,
+    Conversation,
+    check_pictures,
+    instructions,
+)
 
 MOST = 200  # images of a modality that a router is fitted to
 ROUNDS = 3  # in which a router is fitted
@@ -216,7 +224,7 @@ def import_into(
     `CheckpointError` where file and checkpoint do not fit, `InputError` for a wrong order or a
     checkpoint that is part of an installation.
     """
-    target = _target(checkpoint, out, file, vision_tower)
+    target = _target(checkpoint, out, file, vision_tower, force=force)
     read = read_checkpoint(checkpoint, vision_tower=vision_tower)
     moe = _moe(read)
     router = import_router(file)
@@ -249,11 +257,18 @@ def train_router(
     kept; where it has none, each modality gets the expert that the present router sends it to.
     Raises `DataError` where the modalities are not as many as the experts.
     """
-    target = _target(checkpoint, out, data, vision_tower)
+    target = _target(checkpoint, out, data, vision_tower, force=force)
+    labelled = read_labels(data / LABELS_FILE if data.is_dir() else data, check_images=True)
+    apart = [[item for item in labelled if (item.split == "train") is own] for own in (True, False)]
+    check_pictures(*apart)
     read = read_checkpoint(checkpoint, vision_tower=vision_tower)
     moe = _moe(read)
-    labelled = read_labels(data / LABELS_FILE if data.is_dir() else data, check_images=True)
     found = sorted({item.modality for item in labelled})
+    if missing := set(found) - {item.modality for item in apart[0]}:
+        raise DataError(
+            f"{data} labels no image of {', '.join(sorted(missing))} to train on.",
+            "Give some of them the split train.",
+        )
     names = moe.expert_names
     if len(found) != moe.num_experts or (names and set(found) != set(names)):
         raise DataError(
@@ -264,14 +279,14 @@ def train_router(
         )
     model = loaded(read)
     tokenizer = read.tokenizer.tokenizer
-    learned = few_of_each(instructions(item for item in labelled if item.split == "train"))
+    learned = few_of_each(instructions(apart[0]))
     if not names:
         votes = Batches(read.config, tokenizer, found, 0)
         features = pooled_features(model, moe.layers, votes, learned, progress)
         names = _by_vote(model, features, found, moe)
     batches = Batches(read.config, tokenizer, names, 0)
     router = fit_in_place(model, batches, learned, progress)
-    held = few_of_each(instructions(item for item in labelled if item.split != "train"))
+    held = few_of_each(instructions(apart[1]))
     judged = pooled_features(model, moe.layers, batches, held or learned, progress)
     judged = judged.only(judged.of_image)
     with torch.no_grad():
@@ -338,7 +353,7 @@ def _order(modalities: Sequence[str], moe: MoEConfig) -> tuple[str, ...]:
     return names
 
 
-def _target(checkpoint: Path, out: Path | None, *inputs: Path | None) -> Path:
+def _target(checkpoint: Path, out: Path | None, *inputs: Path | None, force: bool) -> Path:
     if out is None and is_installed(checkpoint):
         raise InputError(
             f"{checkpoint} is part of an installation, whose files are not changed.",
@@ -347,6 +362,7 @@ def _target(checkpoint: Path, out: Path | None, *inputs: Path | None) -> Path:
     if out is None:
         return checkpoint
     check_apart(out, checkpoint, around=inputs)
+    check_target(out, force=force, marker="config.json")  # refused here, not after the work
     return out
 
 

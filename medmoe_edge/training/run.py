@@ -4,7 +4,6 @@ The tokenizer is a small byte-level BPE, trained on the questions and answers th
 """
 
 import hashlib
-import json
 import math
 import random
 from collections.abc import Iterable
@@ -19,7 +18,7 @@ from accelerate import PartialState
 from rich.progress import Progress
 from torch import nn
 
-from medmoe_edge.atomic import atomic_file, check_apart, check_target
+from medmoe_edge.atomic import check_apart, check_target
 from medmoe_edge.checkpoint.keys import expected_parameters
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint, write_checkpoint
 from medmoe_edge.config import (
@@ -34,12 +33,14 @@ from medmoe_edge.data.datasets import (
     FINDINGS_FILE,
     LABELS_FILE,
     QUESTION_FILES,
+    Finding,
+    LabelledImage,
     questions_of,
     read_examples,
     read_findings,
     read_labels,
 )
-from medmoe_edge.errors import DataError, ResourceError, of_machine
+from medmoe_edge.errors import DataError, ResourceError
 from medmoe_edge.models.med_moe import (
     FRONT_STAGES,
     EfficientNetLite,
@@ -52,6 +53,7 @@ from medmoe_edge.training.data import (
     Batches,
     as_labelled,
     captions,
+    check_pictures,
     from_examples,
     instructions,
 )
@@ -78,7 +80,7 @@ from medmoe_edge.training.questions import (
     facts_of_labels,
 )
 from medmoe_edge.training.recipe import MIN_VOCABULARY, PhaseConfig, Recipe
-from medmoe_edge.training.report import PRECISION, RUN, Planned, TrainOptions
+from medmoe_edge.training.report import PRECISION, Planned, TrainOptions, begin_run
 from medmoe_edge.training.router import loaded
 from medmoe_edge.training.tower import teach_tower, what_is_seen
 
@@ -117,7 +119,12 @@ def train(
     check_trainable(recipe, config, corpus, dense=read is None or read.config.moe is None)
     check_memory(recipe, config)
     with PartialState().main_process_first():
-        _prepare_folder(out, recipe, read, corpus)
+        told = {
+            "recipe": recipe.to_json(),
+            "base": read.sha256() if read else None,
+            "data": _digest(corpus),
+        }
+        begin_run(out, told, ("tower", *PHASES), (TOKENIZER, PRECISION, ROUTER))
     session = Session.begin(
         out, recipe.seed, progress, recipe.precision, options.say, tensorboard=options.tensorboard
     )
@@ -280,6 +287,11 @@ def check_memory(recipe: Recipe, config: ModelConfig) -> None:
 
 
 def _with_options(recipe: Recipe, options: TrainOptions) -> Recipe:
+    if options.vision_tower is not None and options.base is None:
+        raise DataError(
+            "A vision tower was given, and no checkpoint to start from that lacks it.",
+            "Add --from CHECKPOINT, or leave --vision-tower out.",
+        )
     if options.precision is not None:
         recipe = replace(recipe, precision=options.precision)
     if options.lora_rank is not None:
@@ -294,39 +306,6 @@ def _with_options(recipe: Recipe, options: TrainOptions) -> Recipe:
             "Add --from CHECKPOINT, or a preset to the recipe.",
         )
     return recipe
-
-
-def _prepare_folder(out: Path, recipe: Recipe, read: Checkpoint | None, corpus: Corpus) -> None:
-    """Note what the run is; a folder in which no epoch is done yet may become another's.
-
-    Raises `DataError` where a run was begun by another recipe, from another checkpoint or on other
-    data.
-    """
-    told = {
-        "recipe": recipe.to_json(),
-        "base": read.sha256() if read else None,
-        "data": _digest(corpus),
-    }
-    file = out / RUN
-    if file.exists():
-        try:
-            begun = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            damaged = DataError(f"{file} is damaged.", "Start in a new folder.")
-            raise (of_machine(str(file), error) or damaged) from error
-        if begun == json.loads(json.dumps(told)):
-            return
-        if any((out / f"{phase}.safetensors").exists() for phase in ("tower", *PHASES)):
-            raise DataError(
-                f"The run in {out} was begun by another recipe, from another checkpoint or on "
-                "other data.",
-                "Use what it was made with, or start in a new folder.",
-            )
-        for name in (TOKENIZER, PRECISION, ROUTER):
-            (out / name).unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
-    with atomic_file(file) as stream:
-        stream.write(json.dumps(told, indent=1).encode() + b"\n")
 
 
 def _digest(corpus: Corpus) -> str:
@@ -515,7 +494,7 @@ def read_corpus(recipe: Recipe, data: Path) -> Corpus:
     labelled = read_labels(files.labels, check_images=True) if files.labels else []
     findings = read_findings(files.findings, check_images=True) if files.findings else []
     learned = {each.image for each in labelled} | {
-        told for each in examples for told in (each.image, each.patient)
+        named for each in examples for named in (each.image, each.patient)
     }
     kept, findings = set_aside(findings, recipe.border.share if recipe.border else 0.0, learned)
     shown = [*labelled, *as_labelled(findings)]
@@ -526,6 +505,11 @@ def read_corpus(recipe: Recipe, data: Path) -> Corpus:
             "Give some of them the split train.",
         )
     held = read_examples(files.validation, check_images=True) if files.validation else []
+    told: list[LabelledImage | Finding] = [*labelled, *findings]
+    check_pictures(
+        [*examples, *kept, *(each for each in told if each.split == "train")],
+        [*held, *(each for each in told if each.split != "train")],
+    )
     validation = from_examples(held) or instructions(item for item in shown if item.split == "val")
     questions = from_examples(examples)
     known, known_held = (

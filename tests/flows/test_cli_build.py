@@ -128,6 +128,8 @@ def test_export_shows_its_proof(run: Run, proven_bundle: Path, exporter: Exporte
         (["--int4", "--int8"], "--int8 and --int4 exclude each other.", "Give one of them."),
         (["--mixed", "4", "--fp32"], "--mixed and --fp32 exclude", "Give one of them."),
         (["--mixed", "4.5"], "what calibration measured", "Add --calibrate DATA or --stats FILE"),
+        (["--strict"], "is told by a calibration", "Add --calibrate DATA or --stats FILE"),
+        (["--dtype", "bf16"], "--memory-limit and --dtype are for GPUs.", "Add --target"),
         (["--mixed", "1", "--calibrate", "builtin"], "1 bits per weight are too few", "2.5"),
         (["--calibrate", "nowhere"], "no calibration data 'nowhere'", "builtin"),
         (["--calibrate", "empty"], "'empty' holds no image", "PNG"),
@@ -438,6 +440,10 @@ def test_train_tells_recipes_and_runs(run: Run, tmp_path: Path) -> None:
         (["nano", "-o", "run"], "--data was not given"),
         (["nano", "--data", "none", "-o", "run"], "does not exist"),
         (["modality-nano", "--from", "nano", "--data", "d", "-o", "r"], "--from does not go with"),
+        (["modality-nano", "--vision-tower", "v", "--data", "d", "-o", "r"], "--vision-tower does"),
+        (["--vision-tower", "v", "--data", "d", "-o", "r"], "no checkpoint to start from"),
+        (["--show-recipe", "nano", "--watch", "run"], "print, and train nothing"),
+        (["--watch", "run", "--data", "d"], "print, and train nothing"),
         (["--from", "none", "--data", "d", "-o", "r"], "none"),
     ],
 )
@@ -557,7 +563,7 @@ def test_a_target_is_made_from_the_embedded_bundle(run: Run, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        (["--gpu", "sm89"], "are for engines"),
+        (["--gpu", "sm89"], "are for GPUs"),
         (["--target", "tensorrt-rtx"], "builds for one GPU"),
         (["--target", "tensorrt-rtx", "--gpu", "sm1"], "There is no GPU 'sm1'"),
         (["--target", "onnxruntime-cuda", "--dtype", "bf16"], "computes in fp16"),

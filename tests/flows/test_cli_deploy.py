@@ -108,6 +108,9 @@ def test_what_does_not_fit_is_an_error(run: Run) -> None:
         (["nano", "--device", "here", "--measure", "--precision", "int8"], "Measured is", 2),
         (["nano", "--device", "here", "--measure", "--experts", "delta"], "Measured is", 2),
         (["nano", "--device", "here", "--measure", "--vision", "groups"], "Measured is", 2),
+        (["nano", "--device", "here", "--measure", "--group-size", "32"], "Measured is", 2),
+        (["nano", "--device", "here", "--measure", "--prompt-tokens", "90"], "Measured is", 2),
+        (["nano", "--device", "here", "--measure", "--new-tokens", "8"], "Measured is", 2),
         (["nano", "--device", "cpu", "--vision", "tokens"], "A scale per token is for", 2),
     ],
 )

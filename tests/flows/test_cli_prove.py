@@ -84,12 +84,17 @@ def test_eval_refuses_before_it_works(
     run: Run, loaded: list[tuple[str, str]], tmp_path: Path
 ) -> None:
     (tmp_path / "out.jsonl").write_text("mine")
+    absent = {"image": "absent.png", "modality": "ct", "question": "Is it?", "answer": "No"}
+    (tmp_path / "absent.jsonl").write_text(json.dumps(absent | {"split": "val"}))
     command = ["eval", "--data", "questions.jsonl", "--predictions"]
     for line in (
         [*command, "out.jsonl"],
         [*command, "none/out.jsonl"],
         [*command, "questions.jsonl", "--force"],
         ["eval", "--data", "x"],
+        ["eval", "--data", "absent.jsonl"],
+        ["eval", "--labels", "absent.jsonl"],
+        ["eval", "--findings", "absent.jsonl"],
     ):
         result = run(*line)
         assert result.exit_code == 2
@@ -124,6 +129,8 @@ def test_eval_scores_answers_in_a_file(run: Run, tmp_path: Path) -> None:
     assert re.search(r"closed accuracy +50.00% +50.00%", shown)
     for more, what in (
         ([*command, "--blind"], "with no model"),
+        ([*command, "--max-new-tokens", "64"], "with no model"),
+        ([*command, "--allow-repetition"], "with no model"),
         (command[:1] + command[3:], "no answers to score"),
         (["eval"], "Neither --data nor"),
     ):
@@ -262,8 +269,9 @@ def test_inspect_tells_of_a_checkpoint_without_all_of_its_tensors(run: Run, tmp_
     ("line", "code", "what"),
     [
         (["nowhere"], 3, "There is no model folder 'nowhere'."),
-        (["bundle", "--data", "builtin"], 2, "--data and --beside measure against a checkpoint."),
-        (["bundle", "--beside", "nano"], 2, "--data and --beside measure against a checkpoint."),
+        (["bundle", "--data", "builtin"], 2, "are to measure against a checkpoint."),
+        (["bundle", "--beside", "nano"], 2, "are to measure against a checkpoint."),
+        (["bundle", "--vision-tower", "clip"], 2, "are to measure against a checkpoint."),
         (["bundle", "--against", "nano", "--beside", "gptq"], 2, "no 'gptq' to measure beside"),
         (["bundle", "--against", "nano", "--data", "nowhere"], 2, "no calibration data 'nowhere'"),
         (["bundle", "--against", "nano"], 3, "bundle was not made from the checkpoint"),
@@ -360,6 +368,7 @@ def test_targets_are_held_against_each_other(run: Run, monkeypatch: pytest.Monke
 
 
 def test_targets_need_no_checkpoint(run: Run) -> None:
-    result = run("verify", "nano", "--targets", "all-available", "--against", "nano")
-    assert result.exit_code == 2
-    assert "--targets holds a bundle's targets against each other" in result.stderr
+    for other in (["--against", "nano"], ["--no-record"], ["--vision-tower", "clip"]):
+        result = run("verify", "nano", "--targets", "all-available", *other)
+        assert result.exit_code == 2
+        assert "--targets holds a bundle's targets against each other" in result.stderr

@@ -19,6 +19,7 @@ from medmoe_edge.config import MoEConfig
 from medmoe_edge.data.datasets import LabelledImage, read_labels
 from medmoe_edge.errors import CheckpointError, DataError, InputError, ResourceError
 from medmoe_edge.presets import PRESETS
+from medmoe_edge.training import router
 from medmoe_edge.training.data import Batches, instructions
 from medmoe_edge.training.recipe import PhaseConfig, Recipe, read_recipe
 from medmoe_edge.training.report import TrainOptions
@@ -312,6 +313,27 @@ def test_a_router_that_does_not_fit_is_refused(tiny_checkpoint: Make, tmp_path: 
     with pytest.raises(CheckpointError, match="without a bias"):
         import_into(file, without, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_router_cannot_be_fitted_to_is_refused_before_the_work(
+    tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_checkpoint("tiny-phi", expert_names=("ct", "mri", "pathology", "xray"))
+    data = labelled(tmp_path, ("ct", "mri", "pathology", "xray"), 2)
+    monkeypatch.setattr(router, "pooled_features", None)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="exists already"):
+        train_router(base, data, out=tmp_path / "out")
+    lines = (data / "labels.jsonl").read_text().splitlines()
+    rows = [json.loads(line) | {"split": "val"} for line in lines]
+    (data / "labels.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match="labels no image of ct, mri, pathology, xray to train on"):
+        train_router(base, data, out=tmp_path / "new")
+    rows[0]["image"] = rows[1]["image"]
+    (data / "labels.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=r"is labelled .*, and .* as"):
+        train_router(base, data, out=tmp_path / "new")
 
 
 def test_a_router_is_trained_on_labelled_images_alone(

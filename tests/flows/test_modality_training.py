@@ -23,7 +23,7 @@ from medmoe_edge.contrastive.engine import load_modality
 from medmoe_edge.contrastive.text import ModalityTokenizer
 from medmoe_edge.data.captions import Captioned, GroundedPhrase
 from medmoe_edge.data.datasets import LabelledImage
-from medmoe_edge.errors import DataError, ImageError, InputError
+from medmoe_edge.errors import ConfigError, DataError, ImageError, InputError
 from medmoe_edge.models.contrastive import UNLABELLED, ImageFeatures, TextFeatures, grounding_loss
 from medmoe_edge.presets import MODALITY_PRESETS
 from medmoe_edge.training import contrastive as modality_batches
@@ -37,6 +37,7 @@ from medmoe_edge.training.contrastive import (
     coarser,
     hold_out,
     is_modality_recipe,
+    read_modality_corpus,
     read_modality_recipe,
     some_phrases,
     train_modality,
@@ -47,6 +48,7 @@ from medmoe_edge.training.data import augment
 from medmoe_edge.training.initialise import random_modality_model
 from medmoe_edge.training.loop import make_optimisers, prepare_parameters
 from medmoe_edge.training.recipe import Schedule
+from medmoe_edge.training.report import TrainOptions
 
 TINY = MODALITY_PRESETS["modality-tiny"]
 CONFIG: ModalityConfig = replace(
@@ -89,6 +91,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         labels.append(common | {"finding": finding, "split": "train"})
         if number < 2:
             labels.append(common | {"finding": finding, "split": "val"})
+        elif number < 4:
             asked = {"id": number, "question": "Is there a nodule?", "answer": "Yes"}
             questions.append(common | asked | {"answer_type": "CLOSED", "modality": None})
     boxes = {f"{n}.png": [{"label": "Nodule", "xywh": [2, 8, 12, 12]}] for n in range(16)}
@@ -146,7 +149,7 @@ def test_an_epoch_is_kept_though_its_validation_fails(data: Path, tmp_path: Path
     with pytest.raises(ImageError):
         run(copy, out)
     assert not (out / "log.jsonl").exists()
-    shutil.copyfile(copy / "0.png", copy / "held.png")
+    shutil.copyfile(copy / "6.png", copy / "held.png")
     run(copy, out)
     logged = [json.loads(row)["epoch"] for row in (out / "log.jsonl").read_text().splitlines()]
     assert logged == [1, 2]
@@ -181,6 +184,78 @@ def test_a_run_broken_off_goes_on(
     ours, theirs = (load_file(f / "alignment.safetensors") for f in (tmp_path, unbroken))
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("recipe", {"schedule": replace(RECIPE.schedule, learning_rate=1e-3)}),
+        ("labels.jsonl", ("flat", "oval")),
+        ("questions.jsonl", ("nodule", "mass")),
+        ("boxes.json", ("[2, 8", "[3, 8")),
+    ],
+)
+def test_a_run_is_not_gone_on_with_by_another_recipe_or_on_other_data(
+    unbroken: Path, data: Path, tmp_path: Path, file: str, change: Any
+) -> None:
+    out, copy, recipe = tmp_path / "run", tmp_path / "data", RECIPE
+    shutil.copytree(unbroken, out)
+    shutil.copytree(data, copy)
+    if isinstance(change, dict):
+        recipe = replace(RECIPE, **change)
+    else:
+        (copy / file).write_text((copy / file).read_text().replace(*change))
+    before = (out / "checkpoint" / "config.json").stat().st_mtime_ns
+    with pytest.raises(DataError, match="begun by another recipe"):
+        run(copy, out, recipe)
+    assert (out / "checkpoint" / "config.json").stat().st_mtime_ns == before
+    (out / "alignment.safetensors").unlink()  # no epoch is done: it may become another's
+    begun = (out / "tokenizer.json").stat().st_mtime_ns
+    run(copy, out, recipe)
+    assert (out / "tokenizer.json").stat().st_mtime_ns != begun
+    assert len((out / "log.jsonl").read_text().splitlines()) == RECIPE.schedule.epochs
+
+
+def test_what_is_held_out_is_learned_from_nowhere(data: Path, tmp_path: Path) -> None:
+    """Not under another name in the questions, either."""
+    shutil.copytree(data, tmp_path, dirs_exist_ok=True)
+    rows = [json.loads(row) for row in (tmp_path / "labels.jsonl").read_text().splitlines()]
+    rows = [row | {"split": "train"} for row in rows if row["split"] == "train"]
+    rows[0]["split"] = "val"
+    (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    held = read_modality_corpus(replace(RECIPE, questions=None), tmp_path).held_out
+    for number, image in enumerate((tmp_path / "0.png", held[0].image, tmp_path / "1.png")):
+        shutil.copyfile(image, tmp_path / f"asked{number}.png")
+    asked = {"question": "Is there a nodule?", "answer": "Yes", "body": "head"}
+    lines = [json.dumps(asked | {"image": f"asked{number}.png"}) for number in range(3)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+    corpus = read_modality_corpus(RECIPE, tmp_path)
+    learned = [item.image.name for item in corpus.captioned]
+    assert [name for name in learned if name.startswith("asked")] == ["asked2.png"]
+    assert "0.png" not in learned
+    assert not {item.image.name for item in corpus.held_out} & {*learned}
+    (tmp_path / "asked2.png").unlink()
+    with pytest.raises(DataError, match="the image of entry 3 does not exist"):
+        run(tmp_path, tmp_path / "run")
+
+
+def test_options_that_a_modality_moe_does_not_have(data: Path, tmp_path: Path) -> None:
+    for options in (
+        TrainOptions(base=data),
+        TrainOptions(lora_rank=4),
+        TrainOptions(vision_tower=data),
+    ):
+        with pytest.raises(InputError, match="starts from nothing"):
+            train_modality(RECIPE, data, tmp_path / "out", Progress(disable=True), options)
+
+
+def test_a_share_that_leaves_nothing_to_learn_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="hold_out is 1"):
+        replace(RECIPE, hold_out=1)
+    recipe = json.dumps(read_modality_recipe("modality-nano").to_json() | {"hold_out": 0})
+    (tmp_path / "mine.json").write_text(recipe, encoding="utf-8-sig")  # as Windows saves it
+    with pytest.raises(DataError, match=r"mine\.json'.*hold_out is 0"):
+        read_modality_recipe(str(tmp_path / "mine.json"))
 
 
 def test_a_shared_expert_trains_too(data: Path, tmp_path: Path) -> None:
@@ -340,6 +415,23 @@ def test_some_of_each_finding_are_held_out() -> None:
     learned, held_out = hold_out(labelled, 3)
     assert [item.finding for item in held_out] == ["a", "a", "b"]
     assert sorted([*learned, *held_out], key=lambda i: int(i.image.name)) == labelled
+
+
+def test_a_patient_is_held_out_as_one() -> None:
+    """Also where there are fewer patients than images that one is held out of."""
+    for patients, every in ((9, 3), (2, 4)):
+        labelled = [
+            LabelledImage(
+                Path(f"{n}"), "ct", "head", "ab"[n % 2], "few", "train", f"p{n // 6 % patients}"
+            )
+            for n in range(120)
+        ]
+        learned, held_out = hold_out(labelled, every)
+        own, others = ({item.patient for item in part} for part in (held_out, learned))
+        assert not own & others
+        assert len(own) == max(patients // every, 1)
+        assert {item.finding for item in held_out} == {"a", "b"}
+        assert len(learned) + len(held_out) == 120
 
 
 # --- what learns ------------------------------------------------------------------------------

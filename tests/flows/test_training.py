@@ -27,7 +27,7 @@ from medmoe_edge.training.initialise import new_dense_model
 from medmoe_edge.training.phases import Objective
 from medmoe_edge.training.recipe import PhaseConfig, Recipe
 from medmoe_edge.training.report import TrainOptions, choose_precision
-from medmoe_edge.training.run import train
+from medmoe_edge.training.run import read_corpus, train
 
 MODALITIES = ("mri", "ct", "pathology", "xray")
 COLOURS = ((0, 0, 0), (190, 0, 0), (0, 190, 0), (0, 0, 190))
@@ -274,6 +274,60 @@ def test_a_vocabulary_that_no_checkpoint_can_have_is_refused_at_once() -> None:
 def test_a_run_is_not_gone_on_with_by_another_recipe(unbroken: Path, data: Path) -> None:
     with pytest.raises(DataError, match="begun by another recipe"):
         run(data, unbroken, replace(RECIPE, seed=4))
+
+
+@pytest.mark.parametrize("rate", [-1e-3, float("nan"), float("inf")])
+def test_a_rate_that_is_none_is_refused(rate: float) -> None:
+    for name in ("learning_rate", "tower_rate", "matrix_rate", "weight_decay"):
+        change: dict[str, Any] = {name: rate}
+        with pytest.raises(ConfigError, match="rate below 0, or one that is no number"):
+            replace(RECIPE.moe, **change)
+
+
+def test_a_tower_of_no_checkpoint_is_refused(data: Path, tmp_path: Path) -> None:
+    options = TrainOptions(vision_tower=tmp_path)
+    with pytest.raises(DataError, match="no checkpoint to start from"):
+        train(RECIPE, data, tmp_path / "run", Progress(disable=True), options)
+
+
+def test_a_diverged_epoch_is_not_kept(data: Path, tmp_path: Path) -> None:
+    """Neither a loss nor weights that are no numbers; what was kept before is gone on with."""
+    forward, calls = Objective.forward, iter(range(1, 100))
+
+    def diverging(self: Objective, batch: Batch) -> Tensor:
+        loss = forward(self, batch)
+        return loss * float("nan") if next(calls) == 8 else loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Objective, "forward", diverging)
+        with pytest.raises(DataError, match="diverged: epoch 2 of the phase instruction"):
+            run(data, tmp_path)
+    assert all(tensor.isfinite().all() for tensor in state(tmp_path, "instruction").values())
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(row["phase"], row["epoch"]) for row in rows] == [("alignment", 0), ("instruction", 0)]
+    objective = torch.nn.Linear(2, 2)
+    objective.weight.data[0, 0] = float("inf")
+    with pytest.raises(DataError, match="diverged"):
+        loop.check_finite("moe", 0, 1.0, objective)
+
+
+def test_a_picture_of_two_modalities_or_in_two_splits_is_told(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for file in data.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    Image.new("RGB", (9, 9)).save(tmp_path / "copy.png")
+    row = {"image": "copy.png", "question": "Is it CT?", "answer": "Yes", "modality": "ct"}
+    (tmp_path / "held.jsonl").write_text(json.dumps(row))
+    recipe = replace(RECIPE, validation="held.jsonl")
+    read_corpus(recipe, tmp_path)
+    assert not caplog.records
+    (tmp_path / "copy.png").write_bytes((tmp_path / "1.png").read_bytes())
+    read_corpus(recipe, tmp_path)
+    assert "1 pictures or patients are learned from and held out too" in caplog.text
+    (tmp_path / "held.jsonl").write_text(json.dumps(row | {"modality": "MR"}))
+    with pytest.raises(DataError, match=r"copy\.png is labelled mri, and ct as .*1\.png"):
+        read_corpus(recipe, tmp_path)
 
 
 def test_what_is_told(unbroken: Path, data: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from listen_process import study
 from PIL import Image as Pillow
+from pydicom.uid import BasicTextSRStorage
 
 from medmoe_edge.calibration.data import read_calibration
-from medmoe_edge.data.datasets import read_examples, read_labels
-from medmoe_edge.data.folder import LabelOptions, add_labels, split_evenly
+from medmoe_edge.data.datasets import read_examples, read_labels, split_evenly
+from medmoe_edge.data.folder import LabelOptions, add_labels
 from medmoe_edge.data.prepare import add_questions, prepare
 from medmoe_edge.errors import DataError, InputError
 from medmoe_edge.image.loading import dicom_origin
@@ -30,6 +32,10 @@ def picture(path: Path, number: int) -> Path:
 
 def labels(source: Path, out: Path, *, force: bool = False, **options: Any) -> Any:
     return add_labels(source, out, LabelOptions(**options), header=dicom_origin, force=force)
+
+
+def question(image: str, **more: Any) -> dict[str, Any]:
+    return {"image": image, "question": "Is it?", "answer": "No"} | more
 
 
 @pytest.fixture
@@ -116,9 +122,38 @@ def test_dicom_says_modality_and_patient_but_not_whose(tmp_path: Path) -> None:
     saved(tmp_path / "in", study(), "scan")  # archives leave suffixes out
     labels(tmp_path / "in", tmp_path / "out")
     (row,) = map(json.loads, (tmp_path / "out/labels.jsonl").read_text().splitlines())
-    assert row["modality"] == dicom_origin(tmp_path / "in" / "scan")[0]
+    assert row["modality"] == dicom_origin(tmp_path / "in" / "scan")[1]
     assert len(row["patient"]) == 16
     assert row["patient"] != study().PatientID
+
+
+def test_dicom_is_known_by_what_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Not by its name, which may be a UID; what holds no image is left out, and told of."""
+    (tmp_path / "in").mkdir()
+    saved(tmp_path / "in", study(), "1.2.840.10008.7")
+    report = study()
+    report.SOPClassUID = report.file_meta.MediaStorageSOPClassUID = BasicTextSRStorage
+    del report.PixelData
+    saved(tmp_path / "in", report, "report.dcm")
+    (tmp_path / "in" / "notes.1.txt").write_text("no DICOM")
+    labels(tmp_path / "in", tmp_path / "out", modality="ct")
+    (row,) = map(json.loads, (tmp_path / "out/labels.jsonl").read_text().splitlines())
+    assert row["image"] == "images/in/1.2.840.10008.7"
+    assert "1 DICOM objects without an image" in caplog.text
+
+
+def test_slices_of_a_study_without_a_patient_stay_together(tmp_path: Path) -> None:
+    """As in archives that took the identifiers out."""
+    (tmp_path / "in").mkdir()
+    for number in range(24):
+        scan = study()
+        scan.PatientID, scan.StudyInstanceUID = "", f"1.2.{number // 12}"
+        scan.SOPInstanceUID = f"1.2.3.{number}"
+        saved(tmp_path / "in", scan, f"{number}.dcm")
+    labels(tmp_path / "in", tmp_path / "out", modality="ct")
+    rows = map(json.loads, (tmp_path / "out/labels.jsonl").read_text().splitlines())
+    found = {(row["patient"], row["split"]) for row in rows}
+    assert len(found) == len({patient for patient, _ in found}) == 2
 
 
 @pytest.mark.parametrize(
@@ -131,6 +166,9 @@ def test_dicom_says_modality_and_patient_but_not_whose(tmp_path: Path) -> None:
         ({"t.csv": "file\nnone.png"}, {}, "no such image"),
         ({"t.csv": "name\n1.png"}, {}, "no column 'image'"),
         ({"t.csv": "image,finding\n1.png,effusion, left"}, {}, "more cells than columns"),
+        ({"t.csv": 'image,finding\n"1.png,effusion'}, {}, r"t\.csv, line 2: this is no CSV"),
+        ({"t.csv": f"image,finding\n1.png,{'x' * 2**17}y"}, {}, r"t\.csv, line 2: this is no CSV"),
+        ({"t.csv": 'image,finding\n\n"1\n.png",x'}, {}, r"t\.csv, line 4: there is no such image"),
     ],
 )
 def test_what_labels_nothing(
@@ -167,8 +205,49 @@ def test_a_picture_of_two_modalities_is_refused(tmp_path: Path) -> None:
     assert "mri" not in (tmp_path / "out" / "labels.jsonl").read_text()
 
 
-def question(image: str, **more: Any) -> dict[str, Any]:
-    return {"image": image, "question": "Is it?", "answer": "No"} | more
+def test_questions_and_labels_name_one_modality_of_a_picture(tmp_path: Path) -> None:
+    data, file = tmp_path / "data", tmp_path / "asked.jsonl"
+    picture(tmp_path / "in" / "imgs" / "xmlab1" / "source.jpg", 1)
+    asked = {"img_name": "xmlab1/source.jpg", "location": "Lung", "q_lang": "en", "question": "?"}
+    asked |= {"answer_type": "OPEN", "content_type": "Organ", "answer": "Lung", "modality": "CT"}
+    (tmp_path / "in" / "train.json").write_text(json.dumps([asked | {"qid": 1}]))
+    prepare("slake", tmp_path / "in", data)
+    picture(tmp_path / "mine" / "MRI" / "1.jpg", 1)  # the same bytes
+    with pytest.raises(DataError, match=r"'MRI/1.jpg' is labelled mri, and ct in '.*source.jpg'"):
+        labels(tmp_path / "mine", data)
+    file.write_text(json.dumps(question("mine/MRI/1.jpg", id="q7", modality="MR")))
+    with pytest.raises(DataError, match=r"asked\.jsonl: the picture of question 'q7' is labelled"):
+        add_questions(file, data)
+    labels(tmp_path / "mine", tmp_path / "other")
+    with pytest.raises(DataError, match="of question 'slake-1' is labelled ct, and mri in"):
+        prepare("slake", tmp_path / "in", tmp_path / "other")
+    assert not (tmp_path / "other" / "train.jsonl").exists()
+
+
+@pytest.mark.parametrize("first", ["labels", "questions"])
+def test_labels_and_questions_of_a_picture_are_in_one_split(tmp_path: Path, first: str) -> None:
+    """Neither is left out for the sake of the other, nor moved when it is added anew."""
+    rows = [
+        question(str(picture(tmp_path / "mine/ct" / f"{n}.png", n)), patient=n // 2)
+        for n in range(60)
+    ]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    add: dict[str, Callable[[bool], Any]] = {
+        "labels": lambda force: labels(tmp_path / "mine", tmp_path / "data", force=force),
+        "questions": lambda force: add_questions(
+            tmp_path / "asked.jsonl", tmp_path / "data", force=force
+        ),
+    }
+    splits: list[dict[bytes, str]] = []
+    for names in (sorted(add, reverse=first == "questions"), [first]):
+        for name in names:
+            assert add[name](bool(splits)).left_out == 0
+        found = read_labels(tmp_path / "data/labels.jsonl")
+        splits.append({item.image.read_bytes(): item.split for item in found})
+        for split in ("train", "val", "test"):
+            asked = read_examples(tmp_path / "data" / f"{split}.jsonl")
+            assert {splits[-1][each.image.read_bytes()] for each in asked} == {split}
+    assert splits[0] == splits[1]
 
 
 def test_sets_merge_and_no_picture_is_in_two_splits(tmp_path: Path, pictures: Path) -> None:

@@ -544,7 +544,7 @@ def test_attributes_behind_the_pixels_count_where_nothing_else_says_the_same(
         if implicit or not little:
             pytest.skip("compressed pixels are in explicit little endian")
         del dataset.PixelData
-        pixels = fragmented([imagecodecs.jpegls_encode(DEEP)], [])
+        pixels = fragmented([bytes(imagecodecs.jpegls_encode(DEEP))], [])
         data = written(dataset) + b"\xe0\x7f\x10\0OB\0\0\xff\xff\xff\xff" + pixels
     path = tmp_path / "late"
     path.write_bytes(data + written(late))

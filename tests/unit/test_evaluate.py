@@ -2,7 +2,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from medmoe_edge.data.datasets import AnswerType, Example, LabelledImage, read_examples
@@ -179,6 +181,27 @@ def test_labels() -> None:
     }
 
 
+def test_a_patients_images_count_as_one_for_an_interval() -> None:
+    """Ten images of each patient are answered alike: no more is known than of one each."""
+    engine = FakeEngine({f"q{n}": "yes" if n // 10 % 2 else "no" for n in range(200)}, {"a": "ct"})
+    engine.modalities = {f"i{n}": "ct" for n in range(200)}
+    asked = [example(n, f"i{n}", "yes") for n in range(200)]
+    owned = [replace(each, patient=str(n // 10)) for n, each in enumerate(asked)]
+    one = [replace(each, image=Path(f"i{10 * (n // 10)}")) for n, each in enumerate(asked)]
+    wide, narrow, same = (evaluate(engine, each).overall for each in (owned, asked, one))
+    low, high = wide.exact_match_interval
+    assert high - low > 2.5 * np.subtract(*narrow.exact_match_interval[::-1])
+    assert high - low == pytest.approx(np.subtract(*same.exact_match_interval[::-1]), rel=0.1)
+
+
+def test_questions_without_an_answer_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    found = evaluate(
+        FakeEngine({"q1": "x", "q2": "y"}, {"a": "ct"}), [example(1, "a", ""), example(2, "a", "y")]
+    )
+    assert found.overall.exact_match == 0.5
+    assert "1 questions have no answer to be met" in caplog.text
+
+
 def test_no_label_with_an_expert() -> None:
     result = evaluate_labels(FakeEngine({}, MODALITIES), [label("d", "ultrasound")])
     assert (result.images, result.accuracy) == (0, None)
@@ -198,6 +221,32 @@ def test_predictions_are_saved_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
     with pytest.raises(ResourceError, match="cannot be written"):
         save_predictions([], file / "inside.jsonl")
+
+
+def test_saved_answers_have_the_same_figures_again(tmp_path: Path) -> None:
+    """What was unsure and what was cut off is not lost."""
+    engine = FakeEngine(ANSWERS, MODALITIES)
+    said = engine.ask_all
+
+    def doubtful(*arguments: Any, **options: Any) -> list[FakeAnswer]:
+        return [
+            replace(a, unsure=a.text == "left", complete=a.text != "yes")
+            for a in said(*arguments, **options)
+        ]
+
+    engine.ask_all = doubtful  # type: ignore[method-assign]
+    rows = [{"id": e.id, "image": str(e.image), "question": e.question} for e in EXAMPLES]
+    rows = [
+        row | {"answer": e.answer, "answer_type": e.answer_type, "source": e.source}
+        for row, e in zip(rows, EXAMPLES, strict=True)
+    ]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = evaluate(engine, EXAMPLES)
+    assert 0 < found.unsure.answers < 1
+    save_predictions(found.predictions, tmp_path / "said.jsonl")
+    again = score_predictions(tmp_path / "said.jsonl", tmp_path / "asked.jsonl")
+    for name in ("overall", "unsure", "cut_off", "reliability", "by_source"):
+        assert getattr(again, name) == getattr(found, name), name
 
 
 # --- figures of the papers, and without looking -------------------------------------------------
@@ -333,6 +382,7 @@ def test_answers_to_other_questions_are_refused(
         '{"id": "10", "prediction": "x", "confidence": 2}',
         '{"id": "10", "prediction": "x", "confidence": NaN}',
         '{"id": "10", "prediction": "x", "complete": 1}',
+        '{"id": "10", "prediction": "x", "unsure": "no"}',
         "",
     ],
 )

@@ -111,9 +111,21 @@ def test_a_finding_is_scored_by_yes_against_no() -> None:
     assert len(engine.asked) == 31  # nothing is asked that nobody knows, or that is too rare
 
 
+def test_few_patients_that_are_all_in_order_prove_little() -> None:
+    """Five patients with the finding, ten without it: no draw finds another order."""
+    for right, bounds in ((0.9, (0.566, 1.0)), (0.05, (0.0, 0.434))):
+
+        def says(name: str, _: str, right: float = right) -> FakeAnswer:
+            return yes(right if name.isdigit() and int(name) < 10 else 0.1)
+
+        (score,) = evaluate_findings(FakeEngine(says), FILMS)
+        assert score.auc_interval == pytest.approx(bounds, abs=1e-3)
+
+
 def test_a_tie_is_no_yes() -> None:
     (score,) = evaluate_findings(FakeEngine(lambda *_: yes(0.5)), FILMS)
     assert (score.auc, score.sensitivity, score.specificity) == (0.5, 0.0, 1.0)
+    assert score.auc_interval == (0.5, 0.5), "who always says the same orders nothing"
 
 
 def test_findings_that_nobody_can_score_are_an_error() -> None:

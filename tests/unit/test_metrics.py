@@ -34,6 +34,8 @@ from medmoe_edge.evaluation.metrics import (
         ("1,000", "1000"),
         ("dont know", "don't know"),
         ("don\u2019t know", "don't know"),
+        ("re\u0301nal\u00a0\ufb01brosis", "r\u00e9nal fibrosis"),  # as some editors store it
+        ("X\u2011ray\u00ad", "x ray"),
         ("couldntve", "couldn't've"),
         ("its well", "its well"),
         ("patient's", "patient's"),
@@ -134,6 +136,12 @@ def test_bootstrap_draws_whole_images() -> None:
     # Ten questions that always agree are worth one: the interval is sqrt(10) times wider.
     assert (high - low) / (apart_high - apart_low) == pytest.approx(np.sqrt(10), rel=0.15)
     assert bootstrap_interval([1.0, 0.0], ["same", "same"]) == (0.5, 0.5)
+    one = bootstrap_interval([1.0, 0.0], ["same", "same"], shares=True)
+    assert one == pytest.approx((0.0546, 0.9454), abs=1e-4), "one image tells next to nothing"
+    assert bootstrap_interval([0.0, 0.0], [1, 2]) == pytest.approx(
+        (0, 1.96**2 / (2 + 1.96**2)), 1e-4
+    )
+    assert bootstrap_interval([0.0, -0.5], [1, 2]) == (-0.5, 0.0), "differences are no shares"
 
 
 @pytest.mark.parametrize(

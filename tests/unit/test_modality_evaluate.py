@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -149,8 +150,9 @@ def test_the_command(run: Run, data: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_folder_without_boxes_is_refused(data: Path, tmp_path: Path) -> None:
-    for name in ("labels.jsonl", "vqa_val.jsonl"):
-        (tmp_path / name).write_text((data / name).read_text())
+    shutil.copytree(data, tmp_path, dirs_exist_ok=True)
+    for file in tmp_path.glob("*.json"):
+        file.unlink()
     with pytest.raises(DataError, match=r"boxes\.json"):
         evaluate_modality(engine(), tmp_path)
     (tmp_path / "slake_boxes.json").write_text("{}")

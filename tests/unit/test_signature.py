@@ -286,14 +286,16 @@ def test_verify_signs_what_is_recorded(
 def test_a_manifest_that_was_not_verified_is_not_signed(
     keys: tuple[Path, Path], bundle: Path, monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
-    from medmoe_edge.render import verification as render_verification
-
-    def meanwhile(found: Any) -> None:
+    def meanwhile(*arguments: Any) -> None:
         write_verification(Bundle.open(bundle), {"passed": True, "of": "another"})
+        sign_bundle(*arguments)
 
-    monkeypatch.setattr(render_verification, "show_verification", meanwhile)
-    done = run("verify", str(bundle), "--sign", str(keys[0]))
-    assert (done.exit_code, "changed meanwhile" in done.output) == (3, True), done.output
+    monkeypatch.setattr("medmoe_edge.cli.verify.sign_bundle", meanwhile)
+    done = run("verify", str(bundle), "--sign", str(keys[0]), "--json")
+    assert (done.exit_code, "changed meanwhile" in done.stderr) == (3, True), done.output
+    told = json.loads(done.stdout)
+    assert "changed meanwhile" in told["error"]["message"]
+    assert told["outcome"] == "not measured"
     assert not (bundle / SIGNATURE).exists()
 
 
@@ -306,7 +308,7 @@ def test_a_manifest_that_changes_while_it_is_written_is_refused(
     def put_back(text: bytes) -> None:
         (bundle / MANIFEST).write_bytes(other)
 
-    monkeypatch.setattr("medmoe_edge.bundle.bundle.vouch_for", put_back)
+    monkeypatch.setattr("medmoe_edge.bundle.trust.vouch_for", put_back)
     with pytest.raises(BundleError, match="changed meanwhile"):
         write_verification(opened, {"passed": True})
 

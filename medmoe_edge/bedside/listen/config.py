@@ -499,7 +499,7 @@ def load_configuration(path: Path) -> Configuration:
     Raises `InputError` that names the first wrong entry, or choices that cannot be chosen from.
     """
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise InputError(*unreadable(f"The configuration {path}", error)) from error
