@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from medmoe_edge._types import Floats, Progress, no_progress, there
-from medmoe_edge.atomic import writing
+from medmoe_edge.atomic import atomic_file, writing
 from medmoe_edge.calibration.coverage import Neighbours, Pair
 from medmoe_edge.calibration.data import Sample
 from medmoe_edge.calibration.routing import UNKNOWN, RoutingProfile
@@ -367,7 +367,8 @@ def read_modalities(
                 for row, inputs in enumerate(stream.forward(layer, index)):
                     if isinstance(layer.ffn, MoE):
                         logits[row] += layer.ffn.router_logits(stream.of_image(row, inputs)).mean(0)
-            kept.write_text(json.dumps(logits.argmax(1).tolist()), encoding="utf-8")
+            with atomic_file(kept) as file:
+                file.write(json.dumps(logits.argmax(1).tolist()).encode())
         found = json.loads(kept.read_text(encoding="utf-8"))
     return {
         sample.picture: moe.modalities[expert]

@@ -20,12 +20,12 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge._types import Floats
+from medmoe_edge.config import VisionScales
 from medmoe_edge.errors import CheckpointError, ConfigError, InputError
 
 PAIR_BOUND = 128  # the largest with 255 * PAIR_BOUND < 2^15
@@ -365,7 +365,6 @@ VISION_TOKENS = (
     "int8 weights per output channel, dynamic 8-bit activations with a scale per token (W8A8); the "
     "projector in groups of 32; the rest as fp16 weights"
 )
-VisionScales = Literal["groups", "tokens"]
 VISION_IN_8_BITS: dict[VisionScales, str] = {"groups": VISION_INT8, "tokens": VISION_TOKENS}
 DELTA_GROUP = 32  # weights of a delta in few bits that share a scale
 DELTA_BITS = (2, 4, 8)

@@ -25,7 +25,7 @@ from medmoe_edge.calibration.data import CalibrationData, Sample
 from medmoe_edge.calibration.routing import UNKNOWN, RoutingProfile
 from medmoe_edge.calibration.statistics import Source, Statistics, StatisticsFiles
 from medmoe_edge.checkpoint.reader import Checkpoint, as_checkpoint
-from medmoe_edge.errors import ResourceError
+from medmoe_edge.errors import InputError, ResourceError
 
 logger = logging.getLogger(__name__)
 ROUTED = 2  # pictures that the router reads, for each that is drawn: so that it can be drawn evenly
@@ -55,6 +55,8 @@ def calibrate(
     checkpoint, and `ResourceError` where the disk does not take it.
     """
     refuse_existing(out, force=force)
+    if samples < 1:
+        raise InputError(f"{samples} samples are asked for.", "Ask for one at least.")
     source = as_checkpoint(checkpoint)
     work = work or out.with_name(f".{out.name}.work")
     run = _Run(source, data, work, hessians, pictures or Pictures(data.load), progress)

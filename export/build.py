@@ -17,13 +17,12 @@ from medmoe_edge.calibration.quantisers import (
     PAIR_BOUND,
     VISION_IN_8_BITS,
     DeltaForm,
-    VisionScales,
 )
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.checkpoint.published import published
 from medmoe_edge.checkpoint.reader import Checkpoint, as_checkpoint
-from medmoe_edge.config import ModelConfig
-from medmoe_edge.errors import CheckpointError, InputError
+from medmoe_edge.config import GroupSize, Method, ModelConfig, Precision, VisionScales
+from medmoe_edge.errors import CheckpointError, InputError, plain
 from medmoe_edge.export.builder import Extents, save_model
 from medmoe_edge.export.decoder import DecoderBuilder, MoESpec
 from medmoe_edge.export.half import halve_weights, to_half
@@ -37,10 +36,7 @@ from medmoe_edge.export.passes.ort_cpu import (
 from medmoe_edge.export.passes.ort_paged import write_paged_graphs
 from medmoe_edge.export.plan import (
     GROUP,
-    GroupSize,
-    Method,
     Plan,
-    Precision,
     check_deltas,
     check_precision,
     make_plan,
@@ -293,6 +289,7 @@ def _manifest(
             "exporter": f"medmoe-edge {__version__}",
             **published(source.folder, source.file_hashes()),
         },
+        **({"warnings": plain(source.warnings)} if source.warnings else {}),
         **left_out(source.config),
         "licence": licence(source.folder / MODEL_CARD),
         "intended_use": NOTICE,

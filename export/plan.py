@@ -26,7 +26,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -55,6 +55,7 @@ from medmoe_edge.calibration.quantisers import (
 )
 from medmoe_edge.calibration.statistics import InputStatistics, Statistics, input_of
 from medmoe_edge.checkpoint.reader import Checkpoint
+from medmoe_edge.config import GroupSize, Method, Precision
 from medmoe_edge.errors import CheckpointError, DataError, InputError
 from medmoe_edge.export.decoder import meta_name
 from medmoe_edge.export.quantise import Quantiser
@@ -180,9 +181,6 @@ def _some_rows(matrix: Floats) -> Floats:
     ].copy()  # a view would keep all of it in memory
 
 
-Precision = Literal["fp32", "int8", "int4", "mixed"]
-Method = Literal["auto", "rtn"]
-GroupSize = Literal[32, 64, 128]
 INT8 = Format(8)
 HEAD = "decoder.head.weight"
 GROUP: GroupSize = 32  # of the weights in int4, unless another is asked for
@@ -357,6 +355,10 @@ def check_precision(
     if group is not None and precision != "int4":
         raise InputError(
             f"{precision} has no group size to choose.", "Leave it out, or export with --int4."
+        )
+    if budget_bits is not None and precision != "mixed":
+        raise InputError(
+            f"{precision} has no bits to spend.", "Leave them out, or export with --mixed."
         )
     if precision not in ("int4", "mixed"):
         return

@@ -32,6 +32,7 @@ import onnx
 import platformdirs
 
 from medmoe_edge._types import Progress
+from medmoe_edge._version import __version__
 from medmoe_edge.atomic import atomic_file, file_sha256, writing
 from medmoe_edge.bundle.machine import (
     available_memory,
@@ -72,7 +73,8 @@ class EngineCache:
                 continue
             with path.open("rb") as source, atomic_file(out) as file:
                 shutil.copyfileobj(source, file, 2**20)
-            os.utime(path)  # used now
+            with contextlib.suppress(OSError):  # of a folder that can only be read
+                os.utime(path)  # used now
             return True
         return False
 
@@ -405,10 +407,13 @@ def load_timings(config: Any, path: Path) -> None:
 
 
 def save_timings(config: Any, path: Path) -> None:
-    """Keep the timings of a build for the next."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
-        file.write(bytes(memoryview(config.get_timing_cache().serialize())))
+    """Keep the timings of a build for the next; where that cannot be, the engine stands."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as file:
+            file.write(bytes(memoryview(config.get_timing_cache().serialize())))
+    except OSError as error:
+        logger.warning("Timings are not kept in %s (%s).", path.parent, error.strerror)
 
 
 def _make_writer(trt: Any, file: IO[bytes]) -> Any:
@@ -460,6 +465,7 @@ def _key(
 ) -> str:
     settings = {
         "library": [library, str(trt.__version__)],
+        "exporter": __version__,  # whose plugin is compiled into the engine
         "gpu": gpu.sm,
         "profiles": [dict(profile) for profile in profiles],
         "memory_limit": memory_limit,

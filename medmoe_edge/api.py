@@ -12,29 +12,58 @@ does the exporting.) Whatever goes wrong is a
 `MedMoEError`, which says what was wrong and what to do.
 """
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
 from medmoe_edge._types import Progress, no_progress
 from medmoe_edge.atomic import check_apart
 from medmoe_edge.bundle.bundle import model_kind
 from medmoe_edge.embedded import EMBEDDED, bundle_path, checkpoint_path
-from medmoe_edge.errors import InputError, needs
+from medmoe_edge.errors import InputError, check_all, checked, needs, system_error
 from medmoe_edge.families import AnswerScores, check_calibratable, family_of
-from medmoe_edge.pipeline import CalibrateOptions, EvaluateOptions, ExportOptions, VerifyOptions
+from medmoe_edge.pipeline import (
+    CalibrateOptions,
+    EvaluateOptions,
+    ExportOptions,
+    VerifyOptions,
+    check_output,
+)
 
 if TYPE_CHECKING:
+    from medmoe_edge.config import Device, RuntimeName
     from medmoe_edge.contrastive.engine import ModalityEngine
     from medmoe_edge.contrastive.evaluate import ModalityEvaluation
     from medmoe_edge.engine.engine import Engine
-    from medmoe_edge.engine.loading import Device, RuntimeName
     from medmoe_edge.evaluation.verify import Verification
     from medmoe_edge.pipeline.med_moe import Calibrated, Export
     from medmoe_edge.runtimes.paging.pager import Budget
     from medmoe_edge.training.report import TrainOptions
 
 PathLike = str | os.PathLike[str]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _in_our_words(function: Callable[P, R]) -> Callable[P, R]:
+    """The same function, whose every error of the system is a `MedMoEError`."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except (OSError, MemoryError) as error:
+            raise system_error(error) from error
+
+    return call
+
+
+def _named(model: PathLike, name: str) -> str:
+    """An embedded model's name or a folder's, as it was given; raises `InputError`."""
+    checked(model, Path, name)
+    return os.fspath(model)
 
 
 @overload
@@ -65,6 +94,7 @@ def load(
 ) -> "Any": ...
 
 
+@_in_our_words
 def load(
     model: PathLike = "nano",
     *,
@@ -107,11 +137,17 @@ def load(
             package is missing.
         InputError: The options do not go together, or the budget is too small.
     """
-    if _kind(model) != "modality-moe":
+    check_all(
+        model=(model, Path),
+        drop_pages=(drop_pages, bool),
+        allow_repetition=(allow_repetition, bool),
+    )
+    name = os.fspath(model)
+    if _kind(name) != "modality-moe":
         from medmoe_edge.engine.engine import load as load_engine
 
         return load_engine(
-            model,
+            name,
             runtime=runtime,
             device=device,
             memory_budget=memory_budget,
@@ -134,17 +170,17 @@ def load(
 
     check_place(runtime, device)
     assert runtime != "tensorrt"
-    return load_modality(model, runtime=runtime)
+    return load_modality(name, runtime=runtime)
 
 
-def _kind(model: PathLike) -> str:
+def _kind(name: str) -> str:
     """The family; what is no model at all is left to the engine of Med-MoE, which says so."""
-    name = os.fspath(model)
     folder = bundle_path(name) if name in EMBEDDED else Path(name)
-    known = any((folder / file).exists() for file in ("manifest.json", "config.json"))
+    known = any(os.path.exists(folder / file) for file in ("manifest.json", "config.json"))
     return model_kind(folder) if known else "med-moe"
 
 
+@_in_our_words
 def calibrate(
     checkpoint: PathLike,
     out: PathLike,
@@ -170,13 +206,16 @@ def calibrate(
         VerificationError: With `strict`, an expert was not reached.
         ResourceError: The disk is full, or the extra `export` is not installed.
     """
-    folder = checkpoint_path(os.fspath(checkpoint))
+    folder, file = checkpoint_path(_named(checkpoint, "checkpoint")), checked(out, Path, "out")
+    asked: CalibrateOptions = checked(options, CalibrateOptions, "options")
+    check_output(file, asked.force, folder, asked.vision_tower, around=(asked.data,))
     check_calibratable(folder)
     with needs("export"):
         from medmoe_edge.pipeline.med_moe import calibrate_on
-    return calibrate_on(folder, Path(out), options, progress)
+    return calibrate_on(folder, file, asked, progress)
 
 
+@_in_our_words
 def export_model(
     checkpoint: PathLike,
     out: PathLike,
@@ -201,14 +240,15 @@ def export_model(
         ModelError: The checkpoint cannot be used.
         ResourceError: The disk is full, or the extra `export` is not installed.
     """
-    chosen = options or ExportOptions()
-    folder = checkpoint_path(os.fspath(checkpoint))
+    chosen = checked(options, ExportOptions | None, "options") or ExportOptions()
+    folder, place = checkpoint_path(_named(checkpoint, "checkpoint")), checked(out, Path, "out")
     family = family_of(folder)
     family.check_export(chosen, "onnxruntime")
-    check_apart(Path(out), folder, chosen.vision_tower, around=(chosen.calibrate_on, chosen.stats))
-    return family.export(folder, Path(out), chosen, progress)
+    check_apart(place, folder, chosen.vision_tower, around=(chosen.calibrate_on, chosen.stats))
+    return family.export(folder, place, chosen, progress)
 
 
+@_in_our_words
 def verify(
     bundle: PathLike, options: VerifyOptions | None = None, *, progress: Progress = no_progress
 ) -> "Verification":
@@ -228,10 +268,14 @@ def verify(
         InputError: The data cannot be used.
         ResourceError: The record cannot be written, or the extra `export` is not installed.
     """
-    folder = bundle_path(os.fspath(bundle))
-    return family_of(folder).verify(folder, options or VerifyOptions(), progress)
+    folder = bundle_path(_named(bundle, "bundle"))
+    asked: VerifyOptions = checked(options, VerifyOptions | None, "options") or VerifyOptions()
+    if asked.report is not None:
+        check_output(asked.report, True, folder, around=(asked.data,))
+    return family_of(folder).verify(folder, asked, progress)
 
 
+@_in_our_words
 def evaluate(
     model: PathLike, options: EvaluateOptions, *, progress: Progress = no_progress
 ) -> "AnswerScores | ModalityEvaluation":
@@ -251,14 +295,18 @@ def evaluate(
         ResourceError: Memory (of "auto": it says the least that works), the device, or an optional
             package is missing.
     """
-    name = os.fspath(model)
-    return family_of(name).evaluate(name, options, progress)
+    name, asked = _named(model, "model"), checked(options, EvaluateOptions, "options")
+    if asked.predictions is not None:
+        about = (asked.data, asked.labels, asked.findings, asked.languages, asked.paraphrases)
+        check_output(asked.predictions, True, Path(name), around=filter(None, about))
+    return family_of(name).evaluate(name, asked, progress)
 
 
+@_in_our_words
 def train(
     data: PathLike,
     out: PathLike,
-    recipe: str = "nano",
+    recipe: PathLike = "nano",
     options: "TrainOptions | None" = None,
 ) -> Path:
     """Train a model by a recipe, or go on where a run was interrupted.
@@ -284,11 +332,14 @@ def train(
             train_modality,
         )
         from medmoe_edge.training.recipe import read_recipe
+        from medmoe_edge.training.report import TrainOptions
         from medmoe_edge.training.run import train as train_answers
     from rich.progress import Progress as Bars
 
-    given, run = Path(data), Path(out)
+    given, run = checked(data, Path, "data"), checked(out, Path, "out")
+    by = _named(recipe, "recipe")
+    checked(options, TrainOptions | None, "options")
     with Bars(disable=True) as bars:
-        if is_modality_recipe(recipe):
-            return train_modality(read_modality_recipe(recipe), given, run, bars, options)
-        return train_answers(read_recipe(recipe), given, run, bars, options)
+        if is_modality_recipe(by):
+            return train_modality(read_modality_recipe(by), given, run, bars, options)
+        return train_answers(read_recipe(by), given, run, bars, options)

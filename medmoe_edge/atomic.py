@@ -110,11 +110,23 @@ def carry_over(source: Path, target: Path, *, without: Set[Path]) -> None:
     shutil.copymode(source, target)
 
 
+def check_unicode(folder: Path) -> None:
+    """Raise `InputError` for a name that is no Unicode, by which ONNX Runtime opens nothing."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{str(folder)!r} is not valid Unicode, and no model can be opened by such a name.",
+            "Rename it, and each folder around it that is named so.",
+        ) from error
+
+
 def check_target(target: Path, *, force: bool, marker: str) -> None:
     """Raise `InputError` for an existing `target`, unless `force` is given and it is one of ours.
 
-    Of ours is a folder that holds the file `marker`.
+    Of ours is a folder that holds the file `marker`. `check_unicode` is asked, too.
     """
+    check_unicode(target)
     if target.exists() and not force:
         raise InputError(f"{target} exists already.", "Choose another name, or pass --force.")
     if target.exists() and not (target / marker).is_file():

@@ -17,6 +17,13 @@ from medmoe_edge.errors import LATER, ConfigError, InputError, Told, did_you_mea
 
 MOST = 2**24  # of anything counted: a bound against absurd files, not on models
 
+RuntimeName = Literal["auto", "onnxruntime", "tensorrt", "torch"]
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["fp32", "int8", "int4", "mixed"]
+Method = Literal["auto", "rtn"]
+GroupSize = Literal[32, 64, 128]
+VisionScales = Literal["groups", "tokens"]
+
 
 def later(default: Any, metadata: Mapping[str, Any] | None = None) -> Any:
     """A field that came later: left out of the JSON where it has its default.

@@ -21,9 +21,12 @@ are told as plain JSON by `Told`, which stands here because it needs as little.
 import dataclasses
 import difflib
 import errno
+import numbers
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -178,6 +181,91 @@ def of_machine(what: str, error: BaseException | None) -> ResourceError | None:
         f"{what} cannot be read now: {os.strerror(number).lower()}.",
         "The machine is at fault, not the file: close other programs, check its disk, try again.",
     )
+
+
+def system_error(error: OSError | MemoryError) -> MedMoEError:
+    """What the system refused, as one of our errors."""
+    if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
+        return ResourceError("There is not enough memory.", "Close other programs and try again.")
+    name = str(error.filename or "A file")
+    return of_machine(name, error) or InputError(*unreadable(name, error))
+
+
+_WORDS: dict[Any, str] = {
+    Path: "a path",
+    str: "text",
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    Sequence: "a list of texts",
+    tuple: "a list of texts",
+    Iterable: "a list",
+    Mapping: "a mapping",
+    types.NoneType: "None",
+}
+
+
+def checked(value: Any, hint: Any, name: str) -> Any:
+    """A value as what `hint` says: text stands for a path too, and a list for a tuple of texts.
+
+    Raises `InputError` for any other value, and for a path that is empty or that none can be;
+    `name` is what callers call it.
+    """
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    kinds = typing.get_args(hint) if union else (hint,)
+    for kind in kinds:
+        if _fits(value, kind):
+            return _CONVERTED.get(typing.get_origin(kind) or kind, lambda given: given)(value)
+    choices = [each for kind in kinds if _is_literal(kind) for each in typing.get_args(kind)]
+    if choices:
+        known = ", ".join(map(str, choices))
+        raise InputError(f"{name} is {value!r}.", f"Use one of: {known}.")
+    shown = repr(value) if isinstance(value, str) and Path in kinds else type(value).__name__
+    words = [_WORDS.get(k) or k.__name__ for k in (typing.get_origin(k) or k for k in kinds)]
+    raise InputError(f"{name} cannot be {shown}.", f"Give {' or '.join(words)}.")
+
+
+def check_all(**given: tuple[Any, Any]) -> None:
+    """Raise `InputError` for the first of some values, by their names, that is not as its hint."""
+    for name, (value, hint) in given.items():
+        checked(value, hint, name)
+
+
+_CONVERTED: dict[Any, Any] = {Path: Path, tuple: tuple, int: int, float: float}
+
+
+def _is_literal(kind: Any) -> bool:
+    return typing.get_origin(kind) is typing.Literal
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    parts, kind = typing.get_args(kind), typing.get_origin(kind) or kind
+    if kind is typing.Literal:
+        return any(isinstance(value, type(part)) and value == part for part in parts)
+    if kind is Path and isinstance(value, str | os.PathLike):
+        text = os.fspath(value)
+        return isinstance(text, str) and text != "" and "\0" not in text
+    if kind in (int, float):
+        number = numbers.Integral if kind is int else numbers.Real
+        return isinstance(value, number) and not isinstance(value, bool)
+    if kind in (tuple, Sequence):
+        several = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+        return several and all(isinstance(part, parts[0]) for part in value)
+    return isinstance(value, kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Base of what functions are asked for: checked when it is made, wherever that is.
+
+    Raises `InputError` for a value that its field cannot have, as `checked` does.
+    """
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = checked(getattr(self, field.name), hints[field.name], field.name)
+            object.__setattr__(self, field.name, value)
 
 
 def shown_bytes(count: float) -> str:

@@ -128,13 +128,19 @@ class MedMoEFamily:
 
     def verify(self, bundle: Path, options: VerifyOptions, progress: "Progress") -> "Verification":
         """See `evaluation.verify`, and `med_moe.verify` against a checkpoint."""
+        if options.report is not None:  # looks at once for what the page needs
+            from medmoe_edge.evaluation.report import write_report
         if options.against is None:
             from medmoe_edge.evaluation.verify import verify
 
-            return verify(bundle, progress=progress)
-        with needs("export"):
-            from medmoe_edge.pipeline import med_moe
-        return med_moe.verify(bundle, options.against, options, progress)
+            found = verify(bundle, progress=progress)
+        else:
+            with needs("export"):
+                from medmoe_edge.pipeline import med_moe
+            found = med_moe.verify(bundle, options.against, options, progress)
+        if options.report is not None:
+            write_report(found, options.report)
+        return found
 
     def evaluate(self, model: str, options: EvaluateOptions, progress: "Progress") -> AnswerScores:
         """Ask every question, and read the images that are not to train on."""
@@ -252,6 +258,8 @@ class ContrastiveFamily:
                 "--paraphrases": options.paraphrases,
                 "--fit-confidence": options.fit_confidence,
                 "--selective-accuracy": options.selective_accuracy,
+                "--allow-repetition": options.allow_repetition,
+                "--device": options.device == "cuda",
             }
         )
         if options.runtime == "tensorrt":

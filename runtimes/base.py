@@ -8,7 +8,6 @@ not the end of the process.
 
 import itertools
 import math
-import os
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -330,16 +329,18 @@ class EmbeddingTable:
         self._path = path
         try:
             table = np.load(path, mmap_mode="r", allow_pickle=False)
-            self._file = os.open(path, os.O_RDONLY)
+            self._file = path.open("rb", buffering=0)  # os.pread is not on every system
         except (OSError, EOFError, ValueError) as error:
             raise (of_machine(str(path), error) or _damaged(path)) from error
-        weakref.finalize(self, os.close, self._file)
+        weakref.finalize(self, self._file.close)
         self._dtype, self._width, self._start = table.dtype, table.shape[1], table.offset
 
     def __getitem__(self, ids: Sequence[int]) -> Floats:
         """The rows of some tokens `[S, D]`; raises `BundleError` where the file ends before."""
-        size = self._width * self._dtype.itemsize
-        rows = b"".join(os.pread(self._file, size, self._start + token * size) for token in ids)
+        size, rows = self._width * self._dtype.itemsize, bytearray()
+        for token in ids:
+            self._file.seek(self._start + token * size)
+            rows += self._file.read(size)
         if len(rows) < size * len(ids):
             raise _damaged(self._path)
         return np.frombuffer(rows, self._dtype).reshape(len(ids), self._width).astype(np.float32)

@@ -19,10 +19,9 @@ from medmoe_edge.calibration.quantisers import (
     VISION_TOKENS,
     DeltaForm,
     Format,
-    VisionScales,
 )
 from medmoe_edge.checkpoint.keys import decoder_parameters
-from medmoe_edge.config import ModelConfig, VisionConfig
+from medmoe_edge.config import ModelConfig, VisionConfig, VisionScales
 
 TEXT_TOKENS = 48  # of a prompt beside the image: Med-MoE's system prompt and a short question
 NEW_TOKENS = 32  # of an answer, at most

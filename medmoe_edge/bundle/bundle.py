@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
-from medmoe_edge.atomic import atomic_file
+from medmoe_edge.atomic import atomic_file, file_sha256
 from medmoe_edge.bundle import trust
 from medmoe_edge.bundle.machine import Machine
 from medmoe_edge.config import Confidence, Config, ModelConfig
@@ -40,6 +40,7 @@ from medmoe_edge.config_contrastive import ModalityConfig, Scores
 from medmoe_edge.errors import (
     BundleError,
     ConfigError,
+    Notice,
     ResourceError,
     VerificationError,
     of_machine,
@@ -127,7 +128,6 @@ DEFAULT_GATES: dict[str, Gates] = {
     "mixed": Gates(0.97, 0.01, 0.02),
 }
 
-
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 REQUIRED = ("format_version", "name", "config", "quantisation", "files", "source", "licence")
@@ -144,7 +144,6 @@ KINDS: dict[Kind, str] = {  # and the verbs that run them
 }
 
 NOTICE = "Research demonstration, not a medical device: never base a clinical decision on it."
-
 
 C = TypeVar("C", bound=Config)
 
@@ -203,6 +202,11 @@ class AnyBundle(Generic[C]):
     def proof(self) -> Status:
         """What that record says of the bundle's fidelity to its checkpoint."""
         return "not measured" if self.verification is None else status_of(self.verification)
+
+    @property
+    def warnings(self) -> tuple[Notice, ...]:
+        """What its checkpoint had to say of itself: it holds of the bundle's answers, too."""
+        return tuple(Notice(**each) for each in self.manifest.get("warnings", ()))
 
     @property
     def verified_on(self) -> Machine | None:
@@ -317,8 +321,7 @@ def write_manifest(folder: Path, contents: Mapping[str, Any]) -> None:
     """Hash every file of `folder` and write the manifest, the last file of a new bundle."""
     files = {}
     for path in sorted(folder.iterdir()):
-        with path.open("rb") as file:
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(file)}
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     _store(folder, {"format_version": FORMAT_VERSION, **contents, "files": files})
 
 
@@ -443,24 +446,26 @@ def _read(path: Path) -> bytes:
 
 
 def _parse(folder: Path, text: bytes) -> dict[str, Any]:
-    damaged = BundleError(
-        f"{folder / MANIFEST} is damaged or was edited.", "Copy or export the bundle again."
-    )
     try:
         manifest = json.loads(text)
         version = manifest["format_version"]
         current = version == FORMAT_VERSION
         sound = isinstance(version, int) and (not current or _is_sound(manifest))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise damaged from error
+        raise _damaged(folder) from error
     if not sound:
-        raise damaged
+        raise _damaged(folder)
     if not current:
         raise BundleError(
             f"{folder} is a bundle of format {version}, this version reads {FORMAT_VERSION}.",
             "Export the checkpoint again with this version.",
         )
     return dict(manifest)
+
+
+def _damaged(folder: Path) -> BundleError:
+    what = f"{folder / MANIFEST} is damaged or was edited."
+    return BundleError(what, "Copy or export the bundle again.")
 
 
 def _is_sound(manifest: dict[str, Any]) -> bool:
@@ -491,18 +496,10 @@ def _seal(manifest: Mapping[str, Any]) -> str:
 
 
 def _hashes_to(path: Path, sha256: str) -> bool:
-    large = path.stat().st_size >= trust.LARGE
-    if large and trust.was_intact(path, sha256):
-        return True
+    if path.stat().st_size >= trust.LARGE:
+        return trust.hashes_to(path, sha256)
     with path.open("rb") as file:
-        right = _sha256(file) == sha256
-    if right and large:
-        trust.remember_intact(path, sha256)
-    return right
-
-
-def _sha256(file: Any) -> str:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from medmoe_edge.atomic import atomic_file
+from medmoe_edge.atomic import atomic_file, file_sha256
 from medmoe_edge.errors import BundleError, InputError, needs, unreadable
 
 if TYPE_CHECKING:
@@ -183,18 +183,34 @@ def _read(path: Path, what: str) -> tuple[bytes, int]:
         raise InputError(*unreadable(what, error)) from error
 
 
+def hashes_to(path: Path, sha256: str) -> bool:
+    """Whether a large file has this hash; it is read only where that is not known."""
+    seen = settled(path)
+    if was_intact(path, sha256):
+        return True
+    right = file_sha256(path) == sha256
+    if right:
+        remember_intact(path, sha256, seen)
+    return right
+
+
 def was_intact(path: Path, sha256: str) -> bool:
     """Whether the file, as it is now, was found to have this hash before."""
     return _read_record(_record(path)) == _state(path.stat(), sha256)
 
 
-def remember_intact(path: Path, sha256: str) -> None:
-    """Keep in the user's cache that the file has this hash, unless it was just written.
+def settled(path: Path) -> os.stat_result | None:
+    """What the file is, before it is hashed: a write meanwhile then counts. None if it is new."""
+    seen = path.stat()
+    return None if time.time_ns() - seen.st_ctime_ns < SETTLED else seen
+
+
+def remember_intact(path: Path, sha256: str, seen: os.stat_result | None) -> None:
+    """Keep in the user's cache that the file, as it was `settled`, has this hash.
 
     Where the cache cannot be written, the file is hashed again next time.
     """
-    seen = path.stat()
-    if time.time_ns() - seen.st_ctime_ns < SETTLED:
+    if seen is None:
         return
     record = _record(path)
     with contextlib.suppress(OSError):

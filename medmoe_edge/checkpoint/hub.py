@@ -30,7 +30,7 @@ from medmoe_edge.checkpoint.published import (
     chosen_files,
     find_published,
 )
-from medmoe_edge.errors import CheckpointError, InputError, ResourceError, needs
+from medmoe_edge.errors import CheckpointError, InputError, Options, ResourceError, needs
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class PullOptions:
+class PullOptions(Options):
     """How weights are fetched.
 
     Attributes:

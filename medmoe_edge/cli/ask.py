@@ -18,12 +18,12 @@ from medmoe_edge.cli.common import (
     ModelOption,
     NewTokens,
     Runtime,
-    check_output,
     complete_models,
     tell,
     verb,
 )
 from medmoe_edge.errors import InputError, needs
+from medmoe_edge.pipeline import check_output
 from medmoe_edge.render import console as render
 from medmoe_edge.render import contrastive as render_contrastive
 

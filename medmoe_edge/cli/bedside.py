@@ -27,7 +27,6 @@ from medmoe_edge.cli.common import (
     NewTokens,
     Runtime,
     app,
-    check_output,
     complete_models,
     file_option,
     paragraphs,
@@ -35,6 +34,7 @@ from medmoe_edge.cli.common import (
     verb,
 )
 from medmoe_edge.errors import InputError, MedMoEError, needs, unreadable
+from medmoe_edge.pipeline import check_output
 from medmoe_edge.render import console as render
 
 if TYPE_CHECKING:

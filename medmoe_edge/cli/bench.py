@@ -11,13 +11,13 @@ from medmoe_edge.cli.common import (
     BundleArgument,
     Force,
     Json,
-    check_output,
     complete_devices,
     complete_planned,
     tell,
     verb,
 )
 from medmoe_edge.errors import InputError, needs
+from medmoe_edge.pipeline import check_output
 from medmoe_edge.render import bench as render_bench
 from medmoe_edge.render import console as render
 

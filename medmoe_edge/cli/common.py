@@ -7,7 +7,6 @@ nearest by meaning goes before the nearest by letters (who types `quantize` want
 """
 
 import contextlib
-import errno
 import glob
 import inspect
 import io
@@ -27,17 +26,9 @@ import typer
 from typer.core import TyperGroup
 
 from medmoe_edge._version import __version__
-from medmoe_edge.atomic import check_apart
 from medmoe_edge.cli import INTERRUPTED, TERMINATED, interruption
 from medmoe_edge.embedded import EMBEDDED
-from medmoe_edge.errors import (
-    InputError,
-    MedMoEError,
-    ResourceError,
-    did_you_mean,
-    of_machine,
-    unreadable,
-)
+from medmoe_edge.errors import InputError, MedMoEError, did_you_mean, system_error
 from medmoe_edge.render import console as render
 
 log = logging.getLogger("medmoe_edge")
@@ -371,27 +362,6 @@ Strict = Annotated[
 ]
 
 
-def check_output(
-    file: Path, force: bool, *inputs: Path | None, around: Iterable[Path | str | None] = ()
-) -> None:
-    """Refuse an output before the work rather than after it.
-
-    It is none of its inputs, and replaces nothing in them but in those that are `around` it, or
-    what a verb wrote into a model's folder.
-    """
-    if file.exists() and not force:
-        raise InputError(f"{file} exists already.", "Choose another name, or add --force.")
-    if file.exists():
-        from medmoe_edge.checkpoint.published import is_beside_model
-
-        held = (path for path in inputs if path and not is_beside_model(file.resolve(), path))
-        check_apart(file, *held, around=around)
-    if not file.parent.is_dir():
-        raise InputError(f"{file.parent} is not a folder.", "Make it first, or choose another.")
-    if file.is_dir():
-        raise InputError(f"{file} is a folder.", "Give the name of a file.")
-
-
 class Result(Protocol):
     """What a verb has found."""
 
@@ -454,7 +424,7 @@ def _report(error: Exception, as_json: bool) -> int:
         if log.isEnabledFor(logging.DEBUG):
             traceback.print_exception(error)
     if isinstance(error, OSError | MemoryError):
-        error = _explained(error)
+        error = system_error(error)
     if isinstance(error, MedMoEError):
         what, remedy, code = error.what, error.remedy, error.exit_code
         error_code = error_code or error.code
@@ -474,10 +444,3 @@ def _fail(as_json: bool, code: str, what: str, remedy: str) -> None:
         with contextlib.suppress(OSError):  # where stdout itself is what failed
             render.as_json({"error": render.error_json(code, what, remedy)})
             sys.stdout.flush()
-
-
-def _explained(error: OSError | MemoryError) -> MedMoEError:
-    if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
-        return ResourceError("There is not enough memory.", "Close other programs and try again.")
-    name = str(error.filename or "A file")
-    return of_machine(name, error) or InputError(*unreadable(name, error))

@@ -17,7 +17,6 @@ from medmoe_edge.cli.common import (
     Sign,
     Strict,
     VisionTower,
-    check_output,
     complete_data,
     complete_gpus,
     complete_models,
@@ -34,7 +33,7 @@ from medmoe_edge.render import console as render
 from medmoe_edge.render import verification as render_verification
 
 if TYPE_CHECKING:
-    from medmoe_edge.export.plan import Precision
+    from medmoe_edge.config import Precision
     from medmoe_edge.pipeline.med_moe import Export
 
 MB = 10**6
@@ -382,7 +381,6 @@ def calibrate(
     """
     from medmoe_edge.api import calibrate as gather
 
-    check_output(output, force, Path(checkpoint), vision_tower, around=(data,))
     options = CalibrateOptions(data, samples, hessians, strict, vision_tower, force)
     with render.working("Reading") as report:
         found = gather(checkpoint, output, options, progress=report)

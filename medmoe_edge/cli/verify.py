@@ -17,7 +17,6 @@ from medmoe_edge.cli.common import (
     Sign,
     VisionTower,
     app,
-    check_output,
     complete_data,
     complete_models,
     file_option,
@@ -27,7 +26,7 @@ from medmoe_edge.cli.common import (
 from medmoe_edge.embedded import bundle_path, checkpoint_path, is_installed
 from medmoe_edge.errors import InputError, MedMoEError, VerificationError, needs
 from medmoe_edge.families import AnswerScores, family_of, score_file
-from medmoe_edge.pipeline import EvaluateOptions, VerifyOptions
+from medmoe_edge.pipeline import EvaluateOptions, VerifyOptions, check_output
 from medmoe_edge.render import console as render
 from medmoe_edge.render import contrastive as render_contrastive
 from medmoe_edge.render import verification as render_verification
@@ -254,33 +253,27 @@ def verify(
         mixed = bool(against or beside or report or vision_tower) or record is not None
         _verify_targets(bundle, data or "builtin", as_json, others=mixed)
         return
-    if against is None and (data or beside or vision_tower):
+    if against is None and data:
         raise InputError(
             "--data, --beside and --vision-tower are to measure against a checkpoint.",
             "Add --against CHECKPOINT.",
         )
-    if against is None and record:
-        raise InputError("There is nothing to record.", "Add --against CHECKPOINT.")
+    checkpoint = None if against is None else checkpoint_path(against)
+    if sign is not None and against is not None and record is None:
+        record = True
+    options = VerifyOptions(
+        checkpoint, data or "builtin", beside or [], report, vision_tower, record
+    )
     folder = bundle_path(bundle)
     if record and sign is None and is_signed(folder):
         raise InputError(
             f"{folder} is signed: with a new record in it, its signature would not hold.",
             "Sign it again with --sign KEY, or give --no-record.",
         )
-    if sign is not None and against is not None and record is None:
-        record = True
-    family = family_of(folder)
-    if report is not None:  # looks at once for what the page needs
-        check_output(report, force, folder, around=(data,))
-        from medmoe_edge.evaluation.report import write_report
-    with render.working("Reading") as progress:
-        checkpoint = None if against is None else checkpoint_path(against)
-        options = VerifyOptions(
-            checkpoint, data or "builtin", beside or [], report, vision_tower, record
-        )
-        found = family.verify(folder, options, progress)
     if report is not None:
-        write_report(found, report)
+        check_output(report, force, folder, around=(data,))
+    with render.working("Reading") as progress:
+        found = family_of(folder).verify(folder, options, progress)
 
     def show(found: "Verification") -> None:
         render_verification.show_verification(found)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,6 +31,7 @@ from medmoe_edge.errors import (
     InputError,
     ModelError,
     Notice,
+    checked,
     needs,
 )
 from medmoe_edge.image.inputs import ImageLike, as_image
@@ -146,6 +147,7 @@ class ModalityEngine(OneAtATime):
         self.scores = scores or Scores()
         self.texts = TextCache(runtime)
         self._of_model = (*warnings_of(name, proven), *self.scores.warnings)
+        self._runs_on = runtime.name  # told of a result also where the engine was closed meanwhile
 
     def read(
         self,
@@ -202,7 +204,8 @@ class ModalityEngine(OneAtATime):
             raise InputError(
                 "labels is one text, and a list is meant.", 'Write ["pneumonia", "no finding"].'
             )
-        wanted = _asked(labels, prompts or {})
+        given = checked(prompts, Mapping | None, "prompts") or {}
+        wanted = _asked(checked(labels, Iterable, "labels"), given)
         clock = Clock()
         picture, features = self._look(image, frame, clock, value_range)
         phrases = [phrase for own in wanted.values() for phrase in own]
@@ -370,7 +373,7 @@ class ModalityEngine(OneAtATime):
 
     @property
     def _model(self) -> dict[str, Any]:
-        return describe(self.name, self.sha256, self.proven, self.runtime.name)
+        return describe(self.name, self.sha256, self.proven, self._runs_on)
 
     def _warnings(self, picture: Image, reading: Reading) -> tuple[Notice, ...]:
         unlike = unlike_label(picture.labels, reading.modality)
@@ -385,7 +388,12 @@ def _asked(
     labels: Sequence[str], prompts: Mapping[str, Sequence[str]]
 ) -> dict[str, tuple[str, ...]]:
     """What each label is compared by, cleaned and checked."""
-    own = {_cleaned(label): tuple(map(_cleaned, texts)) for label, texts in prompts.items()}
+    own = {
+        _cleaned(label): tuple(
+            map(_cleaned, checked(texts, Sequence[str], f"prompts of {label!r}"))
+        )
+        for label, texts in prompts.items()
+    }
     wanted = {name: own.get(name, (name,)) for name in map(_cleaned, labels)}
     if not wanted:
         raise InputError("There are no labels.", "Give two or more to choose from.")
@@ -400,7 +408,7 @@ def _asked(
 
 
 def _cleaned(text: str) -> str:
-    text = text.strip()
+    text = checked(text, str, "A text").strip()
     if not text:
         raise InputError("A text is empty.", "Write words, such as: pleural effusion.")
     return text

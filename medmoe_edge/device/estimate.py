@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.bundle.trust import keys_are_trusted
-from medmoe_edge.calibration.quantisers import DeltaForm, VisionScales, read_deltas
+from medmoe_edge.calibration.quantisers import DeltaForm, read_deltas
 from medmoe_edge.checkpoint.keys import decoder_parameters
-from medmoe_edge.config import ModelConfig
+from medmoe_edge.config import ModelConfig, VisionScales
 from medmoe_edge.device.hardware import (
     CPU_PRECISIONS,
     DEVICES,

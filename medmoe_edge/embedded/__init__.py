@@ -2,10 +2,12 @@
 
 import functools
 import logging
+import os
 import site
 import sysconfig
 from pathlib import Path
 
+from medmoe_edge.atomic import check_unicode
 from medmoe_edge.errors import ModelError, did_you_mean
 
 FOLDER = Path(__file__).parent
@@ -55,7 +57,8 @@ def _resolve(model: str, kind: str) -> Path:
                 "Give the folder of a bundle or checkpoint.",
             )
         return folder
-    if model and Path(model).is_dir():  # of an empty name, pathlib makes the current folder
+    if os.path.isdir(model):  # of an empty name, pathlib makes the current folder
+        check_unicode(Path(model))
         return Path(model)
     raise ModelError(
         f"There is no model folder {model!r}.",

@@ -12,7 +12,7 @@ import numpy as np
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.config import MoEConfig
-from medmoe_edge.errors import InputError, Notice, Told
+from medmoe_edge.errors import InputError, Notice, Told, checked
 from medmoe_edge.image.pixels import named
 from medmoe_edge.prompt import MAX_QUESTION_CHARACTERS, Tokenizer, as_seen
 from medmoe_edge.runtimes.base import Chosen, Decoding, Step
@@ -120,6 +120,7 @@ def choices_of(choices: Choices | None, question: str) -> tuple[str, ...]:
         return ()
     if isinstance(found, str):
         raise InputError("choices is one text, and a list is meant.", 'Write ["yes", "no"].')
+    checked(found, Iterable, "choices")
     given = tuple(each.strip() if isinstance(each, str) else "" for each in found)
     folded = [each.casefold() for each in given]
     if len(given) < 2 or not all(given):
@@ -210,11 +211,12 @@ class Asked:
     @classmethod
     def of(cls, question: str, choices: Choices | None, tokenizer: Tokenizer) -> Self:
         """Both checked; raises `InputError`."""
+        ids = tokenizer.question_ids(question)
         given = {
             choice: [tokenizer.answer_ids(spelt) for spelt in spellings(choice)]
             for choice in choices_of(choices, question)
         }
-        return cls(question, tokenizer.question_ids(question), given)
+        return cls(question, ids, given)
 
     def positions(self, limit: int) -> int:
         """In the cache, of the question and the longest answer."""

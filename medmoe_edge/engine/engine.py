@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge._types import Floats
-from medmoe_edge.config import Confidence, is_yes_and_no
+from medmoe_edge.config import Confidence, Device, RuntimeName, is_yes_and_no
 from medmoe_edge.engine.answer import (
     Answer,
     Asked,
@@ -24,17 +24,15 @@ from medmoe_edge.engine.answer import (
 )
 from medmoe_edge.engine.loading import (
     REFERENCE,
-    Device,
     MemoryChoice,
     OneAtATime,
     Paging,
     Proven,
-    RuntimeName,
     describe,
     open_model,
 )
 from medmoe_edge.engine.prefix_cache import LastPrefix, Prefix, PrefixCache, cache_folder
-from medmoe_edge.errors import InputError, MedMoEError, Notice
+from medmoe_edge.errors import InputError, MedMoEError, Notice, check_all
 from medmoe_edge.image.inputs import ImageLike, as_image
 from medmoe_edge.image.loading import preprocess, seen_picture
 from medmoe_edge.image.pixels import Pixels, unlike_label
@@ -229,7 +227,7 @@ class Engine(OneAtATime):
             InputError: An image (it says which, from 1), a question or a choice cannot be used.
             ModelError: The model computed NaN or infinite values.
         """
-        if isinstance(images, str | bytes | os.PathLike):
+        if isinstance(images, str | bytes | os.PathLike) or not isinstance(images, Iterable):
             raise InputError("images is one image, and a list is meant.", "Write [image].")
         found = []
         for number, image in enumerate(images, start=1):
@@ -313,14 +311,15 @@ class Engine(OneAtATime):
             InputError: The image, a question or a choice cannot be used, or the engine is closed.
             ModelError: The model computed NaN or infinite values.
         """
-        if isinstance(questions, str):
+        if isinstance(questions, str) or not isinstance(questions, Iterable):
             raise InputError(
                 "questions is one text, and a list is meant.", "Write [question], or use ask."
             )
+        check_all(max_new_tokens=(max_new_tokens, int), alternatives=(alternatives, int | None))
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}.", "Allow at least one.")
         questions = list(questions)
-        if isinstance(choices, Mapping) and (stray := choices.keys() - set(questions)):
+        if isinstance(choices, Mapping) and (stray := [q for q in choices if q not in questions]):
             raise InputError(
                 f"There are choices for {min(map(str, stray))!r}, which is no question here.",
                 'A mapping is by question: {question: ["yes", "no"]}.',

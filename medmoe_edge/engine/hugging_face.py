@@ -30,10 +30,10 @@ from medmoe_edge.checkpoint.published import (
     Pulled,
     find_published,
 )
-from medmoe_edge.embedded import EMBEDDED, bundle_path
+from medmoe_edge.config import Device, RuntimeName
+from medmoe_edge.embedded import EMBEDDED, bundle_path, checkpoint_path
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.engine.engine import MAX_NEW_TOKENS, Engine, load
-from medmoe_edge.engine.loading import Device, RuntimeName
 from medmoe_edge.errors import InputError, ResourceError, needs
 from medmoe_edge.image.inputs import as_image
 
@@ -107,7 +107,7 @@ class MedMoEForVisualQuestionAnswering:
         """
         name = os.fspath(name_or_path)
         if name in EMBEDDED or Path(name).is_dir():
-            folder = bundle_path(name)
+            folder = checkpoint_path(name) if runtime == "torch" else bundle_path(name)
         else:
             folder = _fetched(name, revision, cache_dir)
         engine = load(folder, runtime=runtime, device=device, memory_budget=memory_budget)

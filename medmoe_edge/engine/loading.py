@@ -17,7 +17,7 @@ from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bundle.bundle import DEFAULT, MANIFEST, AnyBundle, Bundle, Status, status_of
 from medmoe_edge.bundle.machine import Machine, available_memory, cpu_flags, cpu_name
 from medmoe_edge.bundle.trust import check_checkpoint
-from medmoe_edge.config import Confidence
+from medmoe_edge.config import Confidence, Device, RuntimeName
 from medmoe_edge.embedded import bundle_path, checkpoint_path
 from medmoe_edge.errors import (
     BundleError,
@@ -142,8 +142,6 @@ def _path(bundle: AnyBundle[Any]) -> Path:
     return platformdirs.user_cache_path("medmoe-edge") / "verified" / f"{bundle.sha256}.json"
 
 
-RuntimeName = Literal["auto", "onnxruntime", "tensorrt", "torch"]
-Device = Literal["auto", "cpu", "cuda"]
 LARGE = 2**28  # bytes of experts, above which each is a session: they load in parallel
 ALL = "100%"  # a budget for every expert
 AUTO = "auto"  # a budget that free memory decides
@@ -212,7 +210,7 @@ def check_place(runtime: str, device: str) -> None:
     """Raise `InputError` for a name that means nothing, and would pass for one that does."""
     known = {"runtime": (runtime, get_args(RuntimeName)), "device": (device, get_args(Device))}
     for option, (value, names) in known.items():
-        if value not in names:
+        if not isinstance(value, str) or value not in names:
             raise InputError(f"{option} is {value!r}.", f"Use one of: {', '.join(names)}.")
 
 
@@ -226,6 +224,9 @@ def open_model(
 ) -> Loaded:
     """Open what `engine.load` was given, as it says."""
     check_place(runtime, device)
+    if not isinstance(paging.budget, Budget | None):
+        kind = type(paging.budget).__name__
+        raise InputError(f"memory_budget cannot be {kind}.", "Give 1500MB, 50%, auto or bytes.")
     if paging.drop_pages and paging.budget is None:
         raise InputError(
             "Pages are dropped of experts that are paged, and there is no memory budget.",
@@ -336,7 +337,7 @@ def _check_budget(bundle: Bundle, budget: Budget) -> None:
 
 def _open_bundle(bundle: Bundle, runtime: RuntimeName, device: Device, paging: Paging) -> Loaded:
     known, name = proven(bundle), bundle.name
-    warnings = warnings_of(name, known)
+    warnings = (*warnings_of(name, known), *bundle.warnings)
     tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
     loaded = _runtime_of(bundle, runtime, device, paging)
     logger.info("%s runs on %s.", name, loaded.name)
@@ -496,9 +497,10 @@ class OneAtATime:
         """Give the model's memory back, after the request at hand; a second time does nothing."""
         if self._closed:
             return
-        with self.one_at_a_time():
-            self._closed = True
-            self._release()
+        with self.one_at_a_time(closing=True):
+            if not self._closed:  # by another thread meanwhile
+                self._closed = True
+                self._release()
 
     def _release(self) -> None:
         del self.runtime
@@ -517,7 +519,7 @@ class OneAtATime:
         return f"<{type(self).__name__} {self.name}, {run_by}, verification {self.verification}>"
 
     @contextlib.contextmanager
-    def one_at_a_time(self) -> Iterator[None]:
+    def one_at_a_time(self, *, closing: bool = False) -> Iterator[None]:
         """Wait for one's turn.
 
         Raises `InputError` where the engine is closed, and where this thread itself is in the
@@ -528,7 +530,7 @@ class OneAtATime:
                 "An answer is being streamed by this thread.", "Read it to its end, or close it."
             )
         with self._turn:
-            if self._closed:
+            if self._closed and not closing:
                 raise InputError(f"The engine of {self.name} is closed.", "Load the model again.")
             self._owner = threading.get_ident()
             try:

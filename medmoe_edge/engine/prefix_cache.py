@@ -37,7 +37,7 @@ from medmoe_edge._version import __version__
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bundle.machine import CPU_INFO
 from medmoe_edge.config import DecoderConfig, ModelConfig
-from medmoe_edge.errors import InputError, Notice
+from medmoe_edge.errors import InputError, Notice, checked
 from medmoe_edge.runtimes.base import Cache, CacheArray, PortableCache, Runtime
 
 FORMAT, VERSION = "medmoe-edge prefix", 1
@@ -261,7 +261,7 @@ class PrefixCache(LastPrefix):
 
 def cache_folder(path: str | os.PathLike[str]) -> Path:
     """The folder, made if need be; raises `InputError` where it is none."""
-    folder = Path(path)
+    folder: Path = checked(path, Path, "prefix_cache")
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

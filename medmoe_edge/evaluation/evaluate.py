@@ -271,7 +271,12 @@ def score_answers(
 
 
 def sample_examples(examples: Sequence[Example], limit: int | None, seed: int) -> list[Example]:
-    """At most `limit` of the questions, drawn by `seed`, in their order; all without a limit."""
+    """At most `limit` of the questions, drawn by `seed`, in their order; all without a limit.
+
+    Raises `InputError` for a limit of none.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"The limit is {limit}.", "Ask one question at least.")
     if limit is None or limit >= len(examples):
         return list(examples)
     kept = random.Random(seed).sample(range(len(examples)), limit)

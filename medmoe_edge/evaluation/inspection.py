@@ -86,7 +86,7 @@ class Inspection(_Inspected):
     says on which `machine` and whether that holds `here`. `damaged` are files of a bundle that are
     missing or have another size than its manifest says. `signature` is a bundle's: "none",
     "trusted" (every file is as the signed manifest says), or "not checked" where no keys are
-    configured. `warnings` are a checkpoint's.
+    configured. `warnings` are the checkpoint's, of which a bundle keeps them.
     """
 
     config: ModelConfig
@@ -154,6 +154,7 @@ def _inspect_bundle(path: Path) -> Inspection:
     return Inspection(
         parameters_total=total,
         bits_per_weight=_bits_per_weight(bundle),
+        warnings=bundle.warnings,
         **_about_bundle(bundle),
         **_about_language(config),
     )

@@ -5,17 +5,43 @@ The options are handed through whole, from the command line or from Python down 
 
 import contextlib
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from medmoe_edge.calibration.quantisers import VisionScales
-    from medmoe_edge.engine.loading import Device, RuntimeName
-    from medmoe_edge.export.plan import GroupSize, Method, Precision
+from medmoe_edge.atomic import check_apart
+from medmoe_edge.config import (
+    Device,
+    GroupSize,
+    Method,
+    Precision,
+    RuntimeName,
+    VisionScales,
+)
+from medmoe_edge.errors import InputError, Options
 
 SAMPLES = 128  # to calibrate on
+
+
+def check_output(
+    file: Path, force: bool, *inputs: Path | None, around: Iterable[Path | str | None] = ()
+) -> None:
+    """Refuse an output before the work rather than after it.
+
+    It is none of its inputs, and replaces nothing in them but in those that are `around` it, or
+    what a verb wrote into a model's folder.
+    """
+    if file.exists() and not force:
+        raise InputError(f"{file} exists already.", "Choose another name, or add --force.")
+    if file.exists():
+        from medmoe_edge.checkpoint.published import is_beside_model
+
+        held = (path for path in inputs if path and not is_beside_model(file.resolve(), path))
+        check_apart(file, *held, around=around)
+    if not file.parent.is_dir():
+        raise InputError(f"{file.parent} is not a folder.", "Make it first, or choose another.")
+    if file.is_dir():
+        raise InputError(f"{file} is a folder.", "Give the name of a file.")
 
 
 @contextlib.contextmanager
@@ -35,14 +61,14 @@ def collector_paused() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class ExportOptions:
+class ExportOptions(Options):
     """How a checkpoint becomes a portable bundle.
 
     Attributes:
         precision: "int8", "int4", "mixed" or "fp32".
         method: How weights are rounded; "auto" takes the best that the statistics allow.
         budget_bits: The mean bits per weight; with "mixed" alone.
-        group: Weights that share a scale; with int4 and mixed alone.
+        group: Weights that share a scale; with int4 alone.
         experts: How routed experts are stored, see
             `calibration.quantisers.read_deltas`; None: whole.
         vision: What shares a scale of a vision transformer's activations in 8 bits, "groups" of 32
@@ -62,13 +88,13 @@ class ExportOptions:
         force: Whether to replace what is already there.
     """
 
-    precision: "Precision" = "int8"
-    method: "Method" = "auto"
+    precision: Precision = "int8"
+    method: Method = "auto"
     budget_bits: float | None = None
-    group: "GroupSize | None" = None
+    group: GroupSize | None = None
     experts: str | None = None
-    vision: "VisionScales" = "groups"
-    calibrate_on: str | None = None
+    vision: VisionScales = "groups"
+    calibrate_on: str | Path | None = None
     samples: int = SAMPLES
     stats: Path | None = None
     strict: bool = False
@@ -82,7 +108,7 @@ class ExportOptions:
 
 
 @dataclass(frozen=True)
-class CalibrateOptions:
+class CalibrateOptions(Options):
     """What a checkpoint is calibrated on.
 
     Attributes:
@@ -94,7 +120,7 @@ class CalibrateOptions:
         force: Whether to replace what is already there.
     """
 
-    data: str
+    data: str | Path
     samples: int = SAMPLES
     hessians: bool = True
     strict: bool = False
@@ -103,7 +129,7 @@ class CalibrateOptions:
 
 
 @dataclass(frozen=True)
-class VerifyOptions:
+class VerifyOptions(Options):
     """What a bundle is verified against, and on which data.
 
     Attributes:
@@ -117,15 +143,25 @@ class VerifyOptions:
     """
 
     against: Path | None = None
-    data: str = "builtin"
+    data: str | Path = "builtin"
     beside: Sequence[str] = ()
     report: Path | None = None
     vision_tower: Path | None = None
     record: bool | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.against is None and (self.beside or self.vision_tower):
+            raise InputError(
+                "--data, --beside and --vision-tower are to measure against a checkpoint.",
+                "Add --against CHECKPOINT.",
+            )
+        if self.against is None and self.record:
+            raise InputError("There is nothing to record.", "Add --against CHECKPOINT.")
+
 
 @dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(Options):
     """What a model is scored on, and where it runs.
 
     Attributes:
@@ -150,8 +186,8 @@ class EvaluateOptions:
     data: Path | None
     labels: Path | None = None
     predictions: Path | None = None
-    runtime: "RuntimeName" = "auto"
-    device: "Device" = "auto"
+    runtime: RuntimeName = "auto"
+    device: Device = "auto"
     blind: bool = False
     limit: int | None = None
     seed: int = 0

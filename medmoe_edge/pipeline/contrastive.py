@@ -106,7 +106,7 @@ def verify_modality_on(
     )
 
 
-def read_pictures(source: str) -> Pictures:
+def read_pictures(source: str | Path) -> Pictures:
     """Up to 300 different images of a source, of each modality in turn."""
     data = read_calibration(source)
     drawn: dict[object, Sample] = {}

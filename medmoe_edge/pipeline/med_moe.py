@@ -267,7 +267,7 @@ def _export_verified(
     out: Path,
     build: BuildOptions,
     options: ExportOptions,
-    calibrate_on: str,
+    calibrate_on: str | Path,
     progress: Progress,
 ) -> Export:
     data = _data_for(source, calibrate_on)
@@ -366,7 +366,7 @@ def verify(
         )
 
 
-def _data_for(checkpoint: Checkpoint, source: str) -> CalibrationData:
+def _data_for(checkpoint: Checkpoint, source: str | Path) -> CalibrationData:
     """Of a checkpoint that was cut, samples of modalities that were left out are none."""
     moe, vision = checkpoint.config.moe, checkpoint.config.vision
     data = read_calibration(source, known_modalities=_modalities(checkpoint), vision=vision)

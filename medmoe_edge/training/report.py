@@ -21,7 +21,7 @@ from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 
 from medmoe_edge.atomic import atomic_file
-from medmoe_edge.errors import DataError, MissingDependencyError, of_machine
+from medmoe_edge.errors import DataError, MissingDependencyError, Options, of_machine
 from medmoe_edge.training.recipe import PrecisionChoice
 
 LOG, TABLE, PRECISION, RUN = "log.jsonl", "log.csv", "precision.json", "run.json"
@@ -30,7 +30,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class TrainOptions:
+class TrainOptions(Options):
     """What a run adds to its recipe.
 
     Attributes:

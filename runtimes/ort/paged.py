@@ -31,13 +31,13 @@ import onnxruntime as ort
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import DEFAULT, Bundle
 from medmoe_edge.bundle.machine import call_glibc, return_free_memory
+from medmoe_edge.config import Device
 from medmoe_edge.errors import BundleError, ResourceError
 from medmoe_edge.runtimes.base import Cache, Step
 from medmoe_edge.runtimes.ort.runtime import (
     CPU,
     OPENED_AT_ONCE,
     VISION,
-    Device,
     OrtCache,
     OrtRuntime,
     one_of_many,

@@ -35,7 +35,7 @@ from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.bundle.machine import Arithmetic, cpu_features_here, keep_one_heap
 from medmoe_edge.bundle.recorded import check_scales, int8_products
 from medmoe_edge.calibration.quantisers import PAIR_BOUND
-from medmoe_edge.config import DecoderConfig
+from medmoe_edge.config import DecoderConfig, Device
 from medmoe_edge.errors import BundleError, Notice, ResourceError
 from medmoe_edge.runtimes.base import Cache, CacheArray, EmbeddingTable, Step, check_room, in_parts
 
@@ -154,8 +154,6 @@ def _tell_of_slow_processor() -> None:
     if told := slow_processor(cpu_features_here()):
         logger.warning(told)
 
-
-Device = Literal["auto", "cpu", "cuda"]
 
 TARGETS: dict[str, Literal["cpu", "cuda"]] = {"onnxruntime": "cpu", "onnxruntime-cuda": "cuda"}
 

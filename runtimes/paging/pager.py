@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from threading import Condition
+from threading import Condition, Lock
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -414,8 +414,8 @@ class ExpertFile:
         self._check, self._drop_pages = check, drop_pages
         self._path = bundle.path(bundle.manifest["paging"].get("file", "decoder.data"))
         self._checked: set[Expert] = set()
-        self._file = os.open(self._path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._file)
+        self._file, self._reading = self._path.open("rb", buffering=0), Lock()
+        weakref.finalize(self, self._file.close)
 
     @property
     def sizes(self) -> Mapping[Expert, int]:
@@ -430,14 +430,14 @@ class ExpertFile:
     def read(self, expert: Expert, *into: Bytes) -> None:
         """Read one to the front of `into`; raises `BundleError` for bytes that are not its own."""
         extent = self.extents[expert]
-        content = _cut([part.data for part in into], 0, extent.bytes)
-        done = 0
-        while done < extent.bytes:
-            rest = _cut(content, done, extent.bytes)
-            count = os.preadv(self._file, rest, extent.offset + done)
-            if not count:
-                raise self._damaged(extent)
-            done += count
+        content = _cut([part.data for part in into], extent.bytes)
+        with self._reading:  # no system call that reads at a place is on every system
+            self._file.seek(extent.offset)
+            for part in content:
+                while len(part):
+                    if not (count := self._file.readinto(part)):
+                        raise self._damaged(extent)
+                    part = part[count:]
         if self._drop_pages:
             self._advise(extent, "POSIX_FADV_DONTNEED")
         if self._check == "always" or (self._check == "first" and expert not in self._checked):
@@ -450,7 +450,7 @@ class ExpertFile:
 
     def _advise(self, extent: Extent, advice: str) -> None:
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file, extent.offset, extent.bytes, getattr(os, advice))
+            os.posix_fadvise(self._file.fileno(), extent.offset, extent.bytes, getattr(os, advice))
 
     def _damaged(self, extent: Extent) -> BundleError:
         return BundleError(
@@ -481,10 +481,10 @@ def read_extents(bundle: Bundle) -> dict[Expert, Extent]:
     return extents
 
 
-def _cut(parts: Sequence[memoryview], begin: int, end: int) -> list[memoryview]:
-    """The bytes from `begin` to `end` of parts that follow one another."""
+def _cut(parts: Sequence[memoryview], size: int) -> list[memoryview]:
+    """The first `size` bytes of parts that follow one another."""
     found = []
     for part in parts:
-        found.append(part[max(begin, 0) : max(end, 0)])
-        begin, end = begin - len(part), end - len(part)
-    return [part for part in found if len(part)]
+        found.append(part[:size])
+        size -= len(found[-1])
+    return found

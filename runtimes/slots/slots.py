@@ -42,6 +42,7 @@ of rows tips a choice; then it holds from that cut on, and there are fewer cuts 
 
 import ctypes
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -460,7 +461,7 @@ def _named(mask: npt.NDArray[np.bool_]) -> list[Expert]:
 
 
 class SlotRequests:
-    """The slots of a bundle's experts in `pools`, and the steps that `run` makes over them.
+    """The slots of a bundle's experts in `pools`, and the steps that a runtime's `run` makes.
 
     The budget is in bytes, or text: "1500MB", "50%". Raises `InputError` for one that is too small,
     `ResourceError` where the device has not as much, and `BundleError` for a bundle that cannot be
@@ -478,7 +479,8 @@ class SlotRequests:
         )
         self.slots = ExpertSlots(file, pools, count, (len(moe.layers), moe.num_experts))
         self.routing = RequestRouting(bundle, self.slots.experts)
-        self.replay = Replay(self.slots, run)
+        held = weakref.WeakMethod(run)  # the runtime holds this: a closed one is free at once
+        self.replay = Replay(self.slots, lambda *given: there(held())(*given))
         self._expected: Sequence[Expert] = ()
 
     def begin(self, encode_image: Callable[[Floats], Floats], pixels: Floats) -> Floats:

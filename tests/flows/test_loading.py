@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from medmoe_edge.config import RuntimeName
 from medmoe_edge.engine.engine import load
-from medmoe_edge.engine.loading import RuntimeName
 from medmoe_edge.errors import BundleError, ModelError
 from medmoe_edge.runtimes.ort.runtime import open_session, session_options
 

@@ -227,6 +227,10 @@ def test_tokens_that_moe_llava_drops_are_told(
     made = run("export", str(tmp_path / "c"), "--fp32", "-o", str(tmp_path / "b"))
     assert made.exit_code == 0, made.output
     assert "would drop" in made.output + caplog.text
+    shown = run("inspect", str(tmp_path / "b"), "--json")
+    assert json.loads(shown.stdout)["warnings"][0]["code"] == "tokens_dropped_elsewhere"
+    answer = medmoe_edge.load(tmp_path / "b").ask(PICTURE, "Is there air?", max_new_tokens=1)
+    assert "tokens_dropped_elsewhere" in [each.code for each in answer.warnings]
 
 
 FAULTS = {

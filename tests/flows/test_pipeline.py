@@ -31,6 +31,7 @@ from medmoe_edge.calibration.routing import RoutingProfile
 from medmoe_edge.calibration.statistics import Source, Statistics
 from medmoe_edge.checkpoint import reader
 from medmoe_edge.checkpoint.reader import read_checkpoint, write_checkpoint
+from medmoe_edge.config import Precision
 from medmoe_edge.errors import (
     CheckpointError,
     DataError,
@@ -42,7 +43,6 @@ from medmoe_edge.errors import (
     VerificationError,
 )
 from medmoe_edge.export.decoder import meta_name
-from medmoe_edge.export.plan import Precision
 from medmoe_edge.image.loading import load_image
 from medmoe_edge.pipeline import med_moe
 from medmoe_edge.pipeline.med_moe import as_examples

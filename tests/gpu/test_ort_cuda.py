@@ -30,14 +30,14 @@ from graphs import (
 from medmoe_edge.bundle.bundle import Bundle, write_manifest
 from medmoe_edge.calibration.quantisers import Format, round_to_nearest
 from medmoe_edge.checkpoint.reader import read_checkpoint
-from medmoe_edge.config import ModelConfig
+from medmoe_edge.config import ModelConfig, Precision
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.builder import save_model
 from medmoe_edge.export.decoder import EXPERT_WEIGHTS, DecoderBuilder, MoESpec
 from medmoe_edge.export.half import routing, to_half_graph
 from medmoe_edge.export.passes.ort_cpu import lower_attention
 from medmoe_edge.export.passes.ort_cuda import lower_matmul_cuda, lower_moe_cuda
-from medmoe_edge.export.plan import Plan, Precision
+from medmoe_edge.export.plan import Plan
 from medmoe_edge.export.quantise import quantise_weights
 from medmoe_edge.export.weights import WeightSource
 from medmoe_edge.models.decoder import MoE

@@ -8,12 +8,12 @@ import onnx_ir as ir
 import pytest
 from graphs import initializer, model, moe_config, moe_layer, random_tokens, run_all, run_ort
 
-from medmoe_edge.config import ModelConfig
+from medmoe_edge.config import ModelConfig, Precision
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.builder import MEDMOE, Builder, Stacks, floats
 from medmoe_edge.export.decoder import MoESpec, moe_function
 from medmoe_edge.export.passes.ort_cuda import lower_moe_cuda, take_experts_from_slots
-from medmoe_edge.export.plan import Plan, Precision
+from medmoe_edge.export.plan import Plan
 from medmoe_edge.export.quantise import quantise_weights
 
 SLOTS = 6  # for two layers of four experts

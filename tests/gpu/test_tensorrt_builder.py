@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -145,16 +146,21 @@ def test_the_second_build_comes_from_the_cache(build: Build, graph: Path) -> Non
     assert second.seconds < first.seconds
 
 
-@pytest.mark.parametrize("change", ["weights", "profiles", "gpu", "limit"])
+@pytest.mark.parametrize("change", ["weights", "profiles", "gpu", "limit", "kernels"])
 @pytest.mark.usefixtures("quick")
-def test_what_an_engine_is_built_from_is_its_key(build: Build, graph: Path, change: str) -> None:
+def test_what_an_engine_is_built_from_is_its_key(
+    build: Build, graph: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     build(graph)
     changes: dict[str, dict[str, Any]] = {
         "weights": {},
         "profiles": {"sizes": Sizes(prefill=4)},
         "gpu": {"gpu": "sm120"},
         "limit": {"memory_limit": 2**30},
+        "kernels": {},
     }
+    if change == "kernels":  # of our plugin: they come with the package
+        monkeypatch.setattr(tensorrt_builder, "__version__", "0.0.0")
     if change == "weights":
         data = bytearray((graph.parent / "decoder.data").read_bytes())
         data[100] ^= 1
@@ -456,6 +462,14 @@ def test_messages_go_to_logging_and_only_errors_are_collected(
 )
 def test_the_reason_is_what_the_message_says(message: str, words: str) -> None:
     assert reason(message) == words
+
+
+def test_timings_that_cannot_be_kept_cost_no_engine(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cache").write_text("no folder")
+    save_timings(Mock(), tmp_path / "cache" / "timings.cache")
+    assert "not kept" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # to the library for RTX they are nothing

@@ -23,9 +23,9 @@ from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle, write_manifest
 from medmoe_edge.calibration.quantisers import round_searched, round_to_nearest
 from medmoe_edge.checkpoint.reader import read_checkpoint
+from medmoe_edge.config import RuntimeName
 from medmoe_edge.embedded import bundle_path
 from medmoe_edge.engine.engine import load
-from medmoe_edge.engine.loading import RuntimeName
 from medmoe_edge.errors import BundleError, MissingDependencyError, ModelError, ResourceError
 from medmoe_edge.evaluation.targets import GraphRuntime
 from medmoe_edge.export.builder import save_model

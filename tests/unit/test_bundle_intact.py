@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from medmoe_edge.bundle import trust
-from medmoe_edge.bundle.trust import remember_intact, was_intact
+from medmoe_edge.bundle.trust import remember_intact, settled, was_intact
 
 SHA256 = "ab" * 32
 
@@ -29,7 +29,7 @@ def path(tmp_path: Path) -> Path:
 
 def test_a_file_is_known_once_it_was_found_intact(path: Path) -> None:
     assert not was_intact(path, SHA256)
-    remember_intact(path, SHA256)
+    remember_intact(path, SHA256, settled(path))
     assert was_intact(path, SHA256)
     assert not was_intact(path, "cd" * 32)
 
@@ -54,7 +54,7 @@ def lengthen(path: Path) -> None:
 
 @pytest.mark.parametrize("change", [rewrite, replace, lengthen])
 def test_a_file_that_changed_is_not(path: Path, change: Callable[[Path], None]) -> None:
-    remember_intact(path, SHA256)
+    remember_intact(path, SHA256, settled(path))
     before = path.stat().st_ctime_ns
     change(path)
     while path.stat().st_ctime_ns == before:  # the clock of some file systems is coarse
@@ -62,8 +62,15 @@ def test_a_file_that_changed_is_not(path: Path, change: Callable[[Path], None]) 
     assert not was_intact(path, SHA256)
 
 
+def test_a_file_that_changes_while_it_is_hashed_is_not(path: Path) -> None:
+    seen = settled(path)
+    lengthen(path)  # after its bytes were read
+    remember_intact(path, SHA256, seen)
+    assert not was_intact(path, SHA256)
+
+
 def test_a_file_of_the_same_name_elsewhere_is_not(path: Path, tmp_path: Path) -> None:
-    remember_intact(path, SHA256)
+    remember_intact(path, SHA256, settled(path))
     (tmp_path / "copy").mkdir()
     copy = tmp_path / "copy" / path.name
     copy.write_bytes(path.read_bytes())
@@ -72,12 +79,12 @@ def test_a_file_of_the_same_name_elsewhere_is_not(path: Path, tmp_path: Path) ->
 
 def test_a_file_just_written_is_not_trusted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trust, "SETTLED", 10**15)
-    remember_intact(path, SHA256)
+    remember_intact(path, SHA256, settled(path))
     assert not was_intact(path, SHA256)
 
 
 def test_a_damaged_record_is_none(path: Path, cache: Path) -> None:
-    remember_intact(path, SHA256)
+    remember_intact(path, SHA256, settled(path))
     (record,) = cache.rglob("*.json")
     for content in (b"", b"[", b"{}", b"null", b"\xff"):
         record.write_bytes(content)
@@ -86,5 +93,5 @@ def test_a_damaged_record_is_none(path: Path, cache: Path) -> None:
 
 def test_a_cache_that_cannot_be_written_is_done_without(path: Path, cache: Path) -> None:
     cache.write_bytes(b"a file, where a folder should be")
-    remember_intact(path, SHA256)
+    remember_intact(path, SHA256, settled(path))
     assert not was_intact(path, SHA256)

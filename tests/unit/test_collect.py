@@ -1,12 +1,15 @@
 """The streamed pass against a plain forward of the whole model, and how it resumes."""
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from medmoe_edge.calibration.collect import Collected, Observer, collect
+from medmoe_edge.calibration.collect import Collected, Observer, collect, read_modalities
 from medmoe_edge.calibration.coverage import Neighbours
 from medmoe_edge.calibration.data import Sample
 from medmoe_edge.calibration.statistics import StatisticsFiles, input_of
@@ -203,6 +206,19 @@ def test_a_disk_that_refuses_is_told(
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ResourceError, match="cannot be written"):
         run(read_checkpoint(tiny_checkpoint()), samples, tmp_path / "file" / "work")
+
+
+def test_what_the_router_read_is_kept_whole_or_not_at_all(
+    tiny_checkpoint: Make, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that was full in the last moment left a file that no later run could read."""
+    checkpoint, asked = read_checkpoint(tiny_checkpoint()), (samples, tmp_path / "work")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left")))
+        with pytest.raises(ResourceError, match="No space left"):
+            read_modalities(checkpoint, *asked)
+    assert not (tmp_path / "work" / "modalities.json").exists()
+    assert read_modalities(checkpoint, *asked).keys() == {one.picture for one in samples}
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from medmoe_edge.calibration.quantisers import (
 )
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
+from medmoe_edge.config import Precision
 from medmoe_edge.device.estimate import PlanOptions, make_plan, plan
 from medmoe_edge.device.hardware import DEVICES
 from medmoe_edge.engine.loading import choose_memory
@@ -43,7 +44,6 @@ from medmoe_edge.evaluation.mutations import Mutation, mutated_weights, mutation
 from medmoe_edge.export import build, builder
 from medmoe_edge.export.decoder import MoESpec, meta_name
 from medmoe_edge.export.passes.ort_cpu import lower_deltas
-from medmoe_edge.export.plan import Precision
 from medmoe_edge.export.weights import low_rank
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.costs import (

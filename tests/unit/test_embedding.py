@@ -1,5 +1,6 @@
 """Rows of the embedding table, read from the file as they are needed."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,14 @@ def test_rows_are_those_of_the_table(path: Path, ids: list[int]) -> None:
     rows = EmbeddingTable(path)[ids]
     assert rows.dtype == np.float32
     np.testing.assert_array_equal(rows, np.load(path)[ids].astype(np.float32))
+
+
+def test_a_system_that_cannot_read_at_a_place_reads_too(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows has no `os.pread`."""
+    monkeypatch.delattr(os, "pread")
+    np.testing.assert_array_equal(EmbeddingTable(path)[[49, 3]], np.load(path)[[49, 3]])
 
 
 def test_a_file_cut_short_while_it_is_open_is_an_error(path: Path) -> None:

@@ -11,8 +11,9 @@ from graphs import relative
 
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.checkpoint.reader import read_checkpoint
+from medmoe_edge.config import Precision
 from medmoe_edge.export.decoder import rotary_cache
-from medmoe_edge.export.plan import Plan, Precision
+from medmoe_edge.export.plan import Plan
 from medmoe_edge.export.weights import WeightSource
 from medmoe_edge.models.decoder import rotary_tables
 from medmoe_edge.presets import PRESETS

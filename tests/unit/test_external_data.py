@@ -22,11 +22,12 @@ from graphs import (
 )
 
 from medmoe_edge.bundle.recorded import INLINE_BYTES
+from medmoe_edge.config import Precision
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.builder import PAGE, Builder, floats, save_model
 from medmoe_edge.export.decoder import MoESpec
 from medmoe_edge.export.passes.ort_cpu import lower_matmul, lower_moe
-from medmoe_edge.export.plan import Plan, Precision
+from medmoe_edge.export.plan import Plan
 from medmoe_edge.export.quantise import quantise_weights
 
 OWNERS = [f"decoder.layers.0.ffn.{owner}" for owner in ("experts.0", "experts.1", "meta")]

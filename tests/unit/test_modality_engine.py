@@ -136,6 +136,10 @@ def test_one_label_scores_one_and_says_how_similar_it_is(engine: ModalityEngine)
         (["mass", "胸水"], {}, "no word"),
         (["mass", "?!"], {}, "no word"),
         (["mass", "\udcff"], {}, "Unicode"),
+        (["mass"], {"mass": "lump"}, "prompts of 'mass' cannot be str"),
+        (["mass", 5], {}, "A text cannot be int"),
+        (5, {}, "labels cannot be int"),
+        (["mass"], 5, "prompts cannot be int"),
     ],
 )
 def test_unusable_labels_are_refused(
@@ -143,6 +147,20 @@ def test_unusable_labels_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=match):
         engine.classify(picture(), labels, prompts=prompts)
+
+
+def test_a_result_stands_where_the_engine_is_closed_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = ModalityEngine(Fixed(), "fixed", "0" * 64)
+    reading = engine._reading
+
+    def closed_first(*given: Any) -> Any:  # as by another thread
+        engine.close()
+        return reading(*given)
+
+    monkeypatch.setattr(engine, "_reading", closed_first)
+    assert engine.classify(picture(), LABELS).model["runtime"] == "fixed"
 
 
 def test_a_thousand_labels_are_encoded_in_parts_and_once() -> None:

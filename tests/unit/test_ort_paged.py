@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,11 @@ from test_engine import random_image
 
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle, write_manifest
 from medmoe_edge.checkpoint.reader import read_checkpoint
+from medmoe_edge.config import RuntimeName
 from medmoe_edge.device.measure import toy_runtime
 from medmoe_edge.engine import loading as engine_loading
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.engine.engine import load
-from medmoe_edge.engine.loading import RuntimeName
 from medmoe_edge.errors import BundleError, InputError
 from medmoe_edge.export import build
 from medmoe_edge.export.builder import OWNER, Extents
@@ -38,7 +39,7 @@ from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.ort import paged as ort_paged
 from medmoe_edge.runtimes.ort.paged import MAPPED, OrtExpertStore, PagedOrtRuntime, _Segment
 from medmoe_edge.runtimes.ort.runtime import OrtCache, OrtRuntime, session_options
-from medmoe_edge.runtimes.paging.pager import ExpertPager
+from medmoe_edge.runtimes.paging.pager import ExpertFile, ExpertPager
 from medmoe_edge.runtimes.paging.prediction import RoutingPrediction
 
 ROOT = Path(__file__).parents[2]
@@ -397,17 +398,17 @@ def test_an_interrupt_in_the_middle_of_a_load_leaves_a_usable_engine(
     bundle = Bundle.open(tiny_bundle("int8"))
     runtime = PagedOrtRuntime(bundle, "40%", prefetch=False)
     wanted = steps(runtime)
-    read = os.preadv
+    read = ExpertFile.read
 
-    def interrupted(*arguments: Any) -> int:
+    def interrupted(*arguments: Any) -> None:
         signal.raise_signal(signal.SIGINT)
-        return read(*arguments)
+        read(*arguments)
 
     # a process that was started in the background may have been told to ignore it
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(os, "preadv", interrupted)
+            patch.setattr(ExpertFile, "read", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 steps(runtime)
     finally:
@@ -416,7 +417,31 @@ def test_an_interrupt_in_the_middle_of_a_load_leaves_a_usable_engine(
     assert runtime.experts.pager.used <= runtime.experts.pager.capacity
 
 
+def test_a_system_that_cannot_read_at_a_place_pages_too(
+    tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows has no `os.preadv`."""
+    bundle = Bundle.open(tiny_bundle("int8"))
+    wanted = steps(PagedOrtRuntime(bundle, "40%"))
+    monkeypatch.delattr(os, "preadv")
+    assert steps(PagedOrtRuntime(bundle, "40%")) == wanted
+
+
 # --- memory -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
+def test_a_closed_engine_holds_no_memory(tiny_bundle: Make, runtime: RuntimeName) -> None:
+    """Nor does it wait for Python's collector, which may come much later."""
+    engine = load(tiny_bundle("int8"), runtime=runtime, memory_budget="60%")
+    engine.ask(random_image(), "Is it?", max_new_tokens=2)
+    held = weakref.ref(engine.runtime)
+    gc.disable()
+    try:
+        engine.close()
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_a_soak_changes_no_answer_and_keeps_the_budget(tiny_bundle: Make) -> None:

@@ -8,10 +8,10 @@ import onnx_ir as ir
 import pytest
 
 from medmoe_edge.bundle.bundle import Bundle
+from medmoe_edge.config import Precision
 from medmoe_edge.export import build
 from medmoe_edge.export.build import BuildOptions, export_bundle
 from medmoe_edge.export.passes.ort_cpu import fuse_qkv, lower_attention
-from medmoe_edge.export.plan import Precision
 from medmoe_edge.export.quantise import insert_dequantise, owners_of, split_fused
 from medmoe_edge.export.stored import StoredWeights, specify
 from medmoe_edge.runtimes.base import Step

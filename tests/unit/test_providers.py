@@ -14,6 +14,7 @@ import torch
 
 from medmoe_edge.bundle.bundle import Bundle, TargetName, write_manifest
 from medmoe_edge.checkpoint.reader import read_checkpoint
+from medmoe_edge.config import Device
 from medmoe_edge.errors import BundleError, MedMoEError, ResourceError
 from medmoe_edge.runtimes.ort import runtime as ort_providers
 from medmoe_edge.runtimes.ort.runtime import (
@@ -21,7 +22,6 @@ from medmoe_edge.runtimes.ort.runtime import (
     CUDA,
     TARGETS,
     Choice,
-    Device,
     OrtRuntime,
     check_providers,
     choose_provider,

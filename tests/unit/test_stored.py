@@ -11,10 +11,11 @@ from graphs import run_all
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.checkpoint.reader import read_checkpoint
+from medmoe_edge.config import Precision
 from medmoe_edge.errors import BundleError
 from medmoe_edge.export.builder import tensor_of
 from medmoe_edge.export.decoder import DecoderBuilder
-from medmoe_edge.export.plan import Plan, Precision
+from medmoe_edge.export.plan import Plan
 from medmoe_edge.export.quantise import quantise_weights
 from medmoe_edge.export.stored import StoredWeights, specification
 from medmoe_edge.export.weights import WeightSource

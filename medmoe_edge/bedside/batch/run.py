@@ -53,11 +53,11 @@ from medmoe_edge.bedside.batch.inputs import (
     read_items,
 )
 from medmoe_edge.bundle.bundle import NOTICE
+from medmoe_edge.config import Device, RuntimeName
 from medmoe_edge.embedded import EMBEDDED
 from medmoe_edge.engine.answer import Answer, logged
 from medmoe_edge.engine.answer import shown as shown_answer
 from medmoe_edge.engine.engine import Engine, load
-from medmoe_edge.engine.loading import Device, RuntimeName
 from medmoe_edge.errors import (
     InputError,
     MedMoEError,

@@ -30,9 +30,9 @@ from medmoe_edge.bedside.serve.routes import own_routes, picture_routes
 from medmoe_edge.bedside.serve.settings import Settings
 from medmoe_edge.bedside.serve.work import Asked, Metrics, RequestSlots, Work, Worker
 from medmoe_edge.bundle.bundle import NOTICE
+from medmoe_edge.config import Device, RuntimeName
 from medmoe_edge.contrastive.engine import ModalityEngine, load_modality
 from medmoe_edge.engine.engine import load
-from medmoe_edge.engine.loading import Device, RuntimeName
 from medmoe_edge.engine.prefix_cache import LastPrefix
 from medmoe_edge.errors import ResourceError
 from medmoe_edge.image.worker import warm_up
