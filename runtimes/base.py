@@ -6,8 +6,11 @@ few dozen rows. They are read and not mapped, so that a file that shrinks under 
 not the end of the process.
 """
 
+import io
 import itertools
 import math
+import os
+import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -319,6 +322,27 @@ def in_parts(embeds: Floats, at_once: int, run: Callable[[Floats], Step]) -> Ste
     return Step(steps[-1].logits, np.concatenate([step.router_logits for step in steps]))
 
 
+def fill(content: memoryview, file: io.FileIO, start: int) -> bool:
+    """Read bytes from a place in a file, from any thread; False where the file ends before.
+
+    Where the system can, at that place, and not after going to it: forked processes go together.
+    """
+    while len(content):
+        if hasattr(os, "preadv"):
+            count = os.preadv(file.fileno(), [content], start)
+        else:  # Windows
+            with _PLACE:
+                file.seek(start)
+                count = file.readinto(content)
+        if not count:
+            return False
+        content, start = content[count:], start + count
+    return True
+
+
+_PLACE = threading.Lock()
+
+
 class EmbeddingTable:
     """Rows `[V, D]` of an `.npy` file, which stays open until the table is collected.
 
@@ -329,7 +353,7 @@ class EmbeddingTable:
         self._path = path
         try:
             table = np.load(path, mmap_mode="r", allow_pickle=False)
-            self._file = path.open("rb", buffering=0)  # os.pread is not on every system
+            self._file = path.open("rb", buffering=0)
         except (OSError, EOFError, ValueError) as error:
             raise (of_machine(str(path), error) or _damaged(path)) from error
         weakref.finalize(self, self._file.close)
@@ -337,12 +361,11 @@ class EmbeddingTable:
 
     def __getitem__(self, ids: Sequence[int]) -> Floats:
         """The rows of some tokens `[S, D]`; raises `BundleError` where the file ends before."""
-        size, rows = self._width * self._dtype.itemsize, bytearray()
-        for token in ids:
-            self._file.seek(self._start + token * size)
-            rows += self._file.read(size)
-        if len(rows) < size * len(ids):
-            raise _damaged(self._path)
+        size = self._width * self._dtype.itemsize
+        rows = np.empty((len(ids), size), np.uint8)
+        for row, token in zip(rows, ids, strict=True):
+            if not fill(row.data, self._file, self._start + token * size):
+                raise _damaged(self._path)
         return np.frombuffer(rows, self._dtype).reshape(len(ids), self._width).astype(np.float32)
 
 

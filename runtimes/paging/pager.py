@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from threading import Condition, Lock
+from threading import Condition
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -35,6 +35,7 @@ import numpy.typing as npt
 
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.errors import BundleError, InputError, MedMoEError
+from medmoe_edge.runtimes.base import fill
 
 Expert = tuple[int, int]  # the layer, counted among those with experts, and the expert in it
 
@@ -414,7 +415,7 @@ class ExpertFile:
         self._check, self._drop_pages = check, drop_pages
         self._path = bundle.path(bundle.manifest["paging"].get("file", "decoder.data"))
         self._checked: set[Expert] = set()
-        self._file, self._reading = self._path.open("rb", buffering=0), Lock()
+        self._file = self._path.open("rb", buffering=0)
         weakref.finalize(self, self._file.close)
 
     @property
@@ -431,13 +432,11 @@ class ExpertFile:
         """Read one to the front of `into`; raises `BundleError` for bytes that are not its own."""
         extent = self.extents[expert]
         content = _cut([part.data for part in into], extent.bytes)
-        with self._reading:  # no system call that reads at a place is on every system
-            self._file.seek(extent.offset)
-            for part in content:
-                while len(part):
-                    if not (count := self._file.readinto(part)):
-                        raise self._damaged(extent)
-                    part = part[count:]
+        start = extent.offset
+        for part in content:
+            if not fill(part, self._file, start):
+                raise self._damaged(extent)
+            start += len(part)
         if self._drop_pages:
             self._advise(extent, "POSIX_FADV_DONTNEED")
         if self._check == "always" or (self._check == "first" and expert not in self._checked):
