@@ -6,11 +6,8 @@ few dozen rows. They are read and not mapped, so that a file that shrinks under 
 not the end of the process.
 """
 
-import io
 import itertools
 import math
-import os
-import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge._types import Floats
+from medmoe_edge.atomic import fill
 from medmoe_edge.config import ModelConfig, MoEConfig
 from medmoe_edge.errors import BundleError, Notice, of_machine
 from medmoe_edge.prompt import Tokenizer
@@ -320,27 +318,6 @@ def in_parts(embeds: Floats, at_once: int, run: Callable[[Floats], Step]) -> Ste
     """
     steps = [run(part) for part in np.array_split(embeds, math.ceil(len(embeds) / at_once))]
     return Step(steps[-1].logits, np.concatenate([step.router_logits for step in steps]))
-
-
-def fill(content: memoryview, file: io.FileIO, start: int) -> bool:
-    """Read bytes from a place in a file, from any thread; False where the file ends before.
-
-    Where the system can, at that place, and not after going to it: forked processes go together.
-    """
-    while len(content):
-        if hasattr(os, "preadv"):
-            count = os.preadv(file.fileno(), [content], start)
-        else:  # Windows
-            with _PLACE:
-                file.seek(start)
-                count = file.readinto(content)
-        if not count:
-            return False
-        content, start = content[count:], start + count
-    return True
-
-
-_PLACE = threading.Lock()
 
 
 class EmbeddingTable:

@@ -33,9 +33,9 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from medmoe_edge.atomic import fill
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.errors import BundleError, InputError, MedMoEError
-from medmoe_edge.runtimes.base import fill
 
 Expert = tuple[int, int]  # the layer, counted among those with experts, and the expert in it
 
