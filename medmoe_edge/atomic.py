@@ -1,45 +1,23 @@
-"""A folder, a file or a safetensors file that appears whole or not at all; hashes and parts."""
+"""A folder, a file or a safetensors file that appears whole or not at all; hashes of files."""
 
 import contextlib
 import hashlib
-import io
 import json
 import math
 import os
 import secrets
 import shutil
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from medmoe_edge.errors import InputError, ResourceError
 
-_SEEKING = threading.Lock()
-
 
 def file_sha256(path: Path) -> str:
     """The hash of a file's bytes, in hexadecimal; raises `OSError`."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fill(content: memoryview, file: io.FileIO, start: int) -> bool:
-    """Read bytes from a place in a file, from any thread; False where the file ends before.
-
-    Where the system can, without moving the file's own place, which forked processes share.
-    """
-    while len(content):
-        if hasattr(os, "preadv"):
-            count = os.preadv(file.fileno(), [content], start)
-        else:  # Windows
-            with _SEEKING:
-                file.seek(start)
-                count = file.readinto(content)
-        if not count:
-            return False
-        content, start = content[count:], start + count
-    return True
 
 
 @contextlib.contextmanager

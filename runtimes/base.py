@@ -8,6 +8,7 @@ not the end of the process.
 
 import itertools
 import math
+import os
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge._types import Floats
-from medmoe_edge.atomic import fill
 from medmoe_edge.config import ModelConfig, MoEConfig
 from medmoe_edge.errors import BundleError, Notice, of_machine
 from medmoe_edge.prompt import Tokenizer
@@ -329,21 +329,21 @@ class EmbeddingTable:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            table = np.load(path, mmap_mode="r", allow_pickle=False)
-            self._file = path.open("rb", buffering=0)
+            self._table = np.load(path, mmap_mode="r", allow_pickle=False)
+            self._file = os.open(path, os.O_RDONLY)
         except (OSError, EOFError, ValueError) as error:
             raise (of_machine(str(path), error) or _damaged(path)) from error
-        weakref.finalize(self, self._file.close)
-        self._dtype, self._width, self._start = table.dtype, table.shape[1], table.offset
+        weakref.finalize(self, os.close, self._file)
 
     def __getitem__(self, ids: Sequence[int]) -> Floats:
         """The rows of some tokens `[S, D]`; raises `BundleError` where the file ends before."""
-        size = self._width * self._dtype.itemsize
-        rows = np.empty((len(ids), size), np.uint8)
-        for row, token in zip(rows, ids, strict=True):
-            if not fill(row.data, self._file, self._start + token * size):
-                raise _damaged(self._path)
-        return np.frombuffer(rows, self._dtype).reshape(len(ids), self._width).astype(np.float32)
+        if not hasattr(os, "pread"):  # Windows; elsewhere no pages are mapped, which count as ours
+            return self._table[ids].astype(np.float32)
+        size, start, width = self._table.strides[0], self._table.offset, self._table.shape[1]
+        rows = b"".join(os.pread(self._file, size, start + token * size) for token in ids)
+        if len(rows) < size * len(ids):
+            raise _damaged(self._path)
+        return np.frombuffer(rows, self._table.dtype).reshape(len(ids), width).astype(np.float32)
 
 
 def _damaged(path: Path) -> BundleError:

@@ -17,6 +17,7 @@ error instead of a SIGBUS.
 
 import contextlib
 import hashlib
+import io
 import logging
 import os
 import time
@@ -27,13 +28,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from threading import Condition
+from threading import Condition, Lock
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_edge.atomic import fill
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.errors import BundleError, InputError, MedMoEError
 
@@ -434,7 +434,7 @@ class ExpertFile:
         content = _cut([part.data for part in into], extent.bytes)
         start = extent.offset
         for part in content:
-            if not fill(part, self._file, start):
+            if not _fill(part, self._file, start):
                 raise self._damaged(extent)
             start += len(part)
         if self._drop_pages:
@@ -478,6 +478,27 @@ def read_extents(bundle: Bundle) -> dict[Expert, Extent]:
                 *(offset, size, own["sha256"], own.get("graph", ""), own.get("bytes", 0)),
             )
     return extents
+
+
+_SEEKING = Lock()
+
+
+def _fill(content: memoryview, file: io.FileIO, start: int) -> bool:
+    """Read bytes from a place in a file, from any thread; False where the file ends before.
+
+    Where the system can, without moving the file's own place, which forked processes share.
+    """
+    while len(content):
+        if hasattr(os, "preadv"):
+            count = os.preadv(file.fileno(), [content], start)
+        else:  # Windows
+            with _SEEKING:
+                file.seek(start)
+                count = file.readinto(content)
+        if not count:
+            return False
+        content, start = content[count:], start + count
+    return True
 
 
 def _cut(parts: Sequence[memoryview], size: int) -> list[memoryview]:

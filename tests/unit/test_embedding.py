@@ -31,8 +31,8 @@ def test_rows_are_those_of_the_table(path: Path, ids: list[int]) -> None:
 def test_a_system_that_cannot_read_at_a_place_reads_too(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Windows has no `os.preadv`."""
-    monkeypatch.delattr(os, "preadv")
+    """Windows has no `os.pread`."""
+    monkeypatch.delattr(os, "pread")
     np.testing.assert_array_equal(EmbeddingTable(path)[[49, 3]], np.load(path)[[49, 3]])
 
 
