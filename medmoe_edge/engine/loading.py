@@ -224,8 +224,9 @@ def open_model(
 ) -> Loaded:
     """Open what `engine.load` was given, as it says."""
     check_place(runtime, device)
-    if not isinstance(paging.budget, Budget | None):
-        kind = type(paging.budget).__name__
+    given: Any = paging.budget  # whatever the type says
+    if not isinstance(given, Budget | None):
+        kind = type(given).__name__
         raise InputError(f"memory_budget cannot be {kind}.", "Give 1500MB, 50%, auto or bytes.")
     if paging.drop_pages and paging.budget is None:
         raise InputError(
