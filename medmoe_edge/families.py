@@ -309,7 +309,7 @@ class _Scored(NamedTuple):
 
 def _read_scored(options: EvaluateOptions) -> _Scored:
     """Read all files before a model is loaded; images to train on are left out."""
-    from medmoe_edge.data.datasets import read_examples, read_findings, read_labels
+    from medmoe_edge.data.datasets import check_exist, read_examples, read_findings, read_labels
     from medmoe_edge.evaluation.evaluate import check_examples, sample_examples
     from medmoe_edge.evaluation.findings import read_paraphrases, read_versions
 
@@ -320,12 +320,13 @@ def _read_scored(options: EvaluateOptions) -> _Scored:
         raise InputError(
             "--selective-accuracy is what a fit aims at.", "Add --fit-confidence, or leave it out."
         )
-    given = read_examples(options.data, check_images=True) if options.data else []
+    given = read_examples(options.data) if options.data else []
     examples = sample_examples(given, options.limit, options.seed)
     if options.data:
         check_examples(examples)
-    labelled = read_labels(options.labels, check_images=True) if options.labels else []
-    findings = read_findings(options.findings, check_images=True) if options.findings else []
+        check_exist((example.image for example in examples), options.data)
+    labelled = read_labels(options.labels) if options.labels else []
+    findings = read_findings(options.findings) if options.findings else []
     scored = _Scored(
         examples,
         len(given),
@@ -340,6 +341,8 @@ def _read_scored(options: EvaluateOptions) -> _Scored:
                 f"{file} holds no image to validate or to test on, only to train on.",
                 "Give some images another split, or leave the file out.",
             )
+        if file:
+            check_exist((each.image for each in held_out), file)
     if options.languages and not scored.scans:
         raise InputError(
             "--languages asks about images, and there are none.", "Add --data or --findings."

@@ -28,6 +28,7 @@ from medmoe_edge.data.datasets import (
     LABELS_FILE,
     QUESTION_FILES,
     LabelledImage,
+    check_exist,
     questions_of,
     read_examples,
     read_labels,
@@ -289,11 +290,11 @@ def evaluate_modality(
     engine: ModalityEngine, data: Path, progress: Progress = lambda *_: None
 ) -> ModalityEvaluation:
     """All of it, on the folder `data`; raises `DataError` where its files are not as expected."""
-    every = read_labels(data / LABELS_FILE, check_images=True)
+    every = read_labels(data / LABELS_FILE)
     labelled = [item for item in every if item.split != "train"]
     tasks = zero_shot_tasks(labelled)
     questions = questions_of(data, "val") or data / QUESTION_FILES["val"][0]
-    asked = fact_captions(read_examples(questions, check_images=True))
+    asked = fact_captions(read_examples(questions))
     captioned = [item for item in asked if item.source == SLAKE]
     drawn = (data / name for name in BOXES_FILES)
     boxes = next((file for file in drawn if file.is_file()), data / BOXES_FILES[0])
@@ -303,6 +304,9 @@ def evaluate_modality(
             f"{data} holds no tasks, captions or boxes to evaluate on.",
             "Give a folder like the one that training read.",
         )
+    judged = [item for task in tasks for item in task.images]
+    check_exist((item.image for item in judged), data / LABELS_FILE)
+    check_exist((item.image for item in captioned), questions)
     runtime = engine.runtime
 
     def report(what: str) -> Done:
@@ -315,7 +319,6 @@ def evaluate_modality(
     texts = list(dict.fromkeys(item.caption for item in captioned))
     shown = compare(runtime, [i.image for i in captioned], texts, report("captions"))
     belongs = np.array([[item.caption == text for text in texts] for item in captioned])
-    judged = [item for task in tasks for item in task.images]
     logits = np.concatenate([found.router_logits for found in compared])
     modalities = engine.config.modalities
     return ModalityEvaluation(

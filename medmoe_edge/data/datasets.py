@@ -527,10 +527,15 @@ def _some(found: list[Read], what: str, file: Path, check_images: bool) -> list[
     """What was read; raises `DataError` for nothing and, if they are checked, an absent image."""
     if not found:
         raise DataError(f"{file} holds no {what}.", "Give a file with at least one.")
-    numbers = enumerate(found if check_images else (), start=1)
-    if absent := [number for number, each in numbers if not each.image.is_file()]:
+    if check_images:
+        check_exist((each.image for each in found), file)
+    return found
+
+
+def check_exist(images: Iterable[Path], file: Path) -> None:
+    """Raise `DataError`, which names the first, for images of `file` that are absent."""
+    if absent := [image for image in dict.fromkeys(images) if not image.is_file()]:
         raise DataError(
-            f"{file}: the image of entry {absent[0]} does not exist ({len(absent)} are absent).",
+            f"{file}: the image {absent[0]} does not exist ({len(absent)} are absent).",
             "Check the image paths and the folder they are relative to.",
         )
-    return found

@@ -89,6 +89,33 @@ def test_labels_without_a_held_out_image_are_refused_at_once(tmp_path: Path) -> 
         FAMILIES["med-moe"].evaluate("no such folder", EvaluateOptions(questions, labels), silent)
 
 
+def test_images_that_are_asked_about_have_to_be_there(tmp_path: Path) -> None:
+    """Others may be absent: those to train on, and questions beyond the limit."""
+    questions, labels = asked_and_labelled(tmp_path, "train")
+    question, absent = json.loads(questions.read_text()), {"image": "0.png", "modality": "ct"}
+    rows = [question, question | absent]
+    questions.write_text("\n".join(map(json.dumps, rows)))
+    labels.write_text("\n".join(map(json.dumps, (absent, question | {"split": "val"}))))
+
+    def scored(limit: int | None, findings: Path | None = None) -> Any:
+        options = EvaluateOptions(
+            questions, labels, limit=limit, seed=1, findings=findings, max_new_tokens=2
+        )
+        return FAMILIES["med-moe"].evaluate("nano", options, silent)
+
+    found = scored(1)
+    assert len(found.questions.predictions) == 1
+    with pytest.raises(DataError, match=r"q\.jsonl: the image .*0\.png does not exist"):
+        scored(None)
+    findings = tmp_path / "f.jsonl"
+    findings.write_text(json.dumps(absent | {"findings": ["nodule"], "split": "test"}))
+    with pytest.raises(DataError, match=r"f\.jsonl: the image .*0\.png does not exist"):
+        scored(1, findings)
+    labels.write_text(json.dumps(absent | {"split": "val"}))
+    with pytest.raises(DataError, match=r"l\.jsonl: the image .*0\.png does not exist"):
+        FAMILIES["med-moe"].evaluate("no such folder", EvaluateOptions(None, labels), silent)
+
+
 def test_answers_are_saved_before_anything_else_is_done(tmp_path: Path) -> None:
     questions, labels = asked_and_labelled(tmp_path, "test")
     options = EvaluateOptions(questions, labels, tmp_path / "answers.jsonl", max_new_tokens=2)

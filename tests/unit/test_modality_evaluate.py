@@ -149,6 +149,18 @@ def test_the_command(run: Run, data: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert run(*command[:-1], "tensorrt").exit_code == 2
 
 
+def test_images_that_are_compared_have_to_be_there(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path, dirs_exist_ok=True)
+    with (tmp_path / "labels.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"image": "gone.png", "modality": "ct"}))
+    assert evaluate_modality(engine(), tmp_path).zero_shot.mean.share == pytest.approx(0.9)
+    (tmp_path / "7.png").unlink()
+    heard: list[str] = []
+    with pytest.raises(DataError, match=r"labels\.jsonl: the image .*7\.png does not exist \(1 "):
+        evaluate_modality(engine(), tmp_path, lambda *step: heard.append(step[0]))
+    assert not heard
+
+
 def test_a_folder_without_boxes_is_refused(data: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path, dirs_exist_ok=True)
     for file in tmp_path.glob("*.json"):
