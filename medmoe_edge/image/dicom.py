@@ -65,6 +65,7 @@ LONGEST = 100  # characters of each
 OPPOSITE = {"L": "R", "R": "L", "A": "P", "P": "A", "H": "F", "F": "H"}
 OBLIQUE = 0.25  # of a direction's length, about 15 degrees: then its second letter is told too
 OVERLAYS = range(0x6000, 0x6020, 2)
+MARKS = ("Segmentation", "RT Dose", "Presentation State")  # storage classes about another image
 
 
 def read_dicom(path: Path, frame: int | None, most_pixels: int = MAX_PIXELS) -> Image:
@@ -124,16 +125,18 @@ def read_grey_values(
 def read_origin(path: Path) -> tuple[bool, str | None, str | None]:
     """Whether a file is an image, its modality, and a name for its patient; None if not stated.
 
-    No image are reports, plans, directories ... The name is a hash of the PatientID or, in archives
-    that took it out, of the study. It keeps one patient's images together and does not tell who
-    that is to a reader; whoever knows the list of all identifiers can still find it out.
+    No image is what has no pixels (reports, plans, directories ...) or marks those of another image
+    (segmentations, RT doses, presentation states). The name is a hash of the PatientID or, in
+    archives that took it out, of the study. It keeps one patient's images together and does not
+    tell who that is to a reader; whoever knows the list of all identifiers can still find it out.
     """
     with open_container(path) as container:
         header, kind = container.header, _class_name(container)
         patient = header.text("PatientID") or header.text("StudyInstanceUID")
         modality = modality_of(header)
+        seen = container.pixels is not None and container.pixels.length != 0
     named = hashlib.sha256(patient.encode()).hexdigest()[:16] if patient else None
-    return kind is None or "Image" in kind, modality, named
+    return seen and not any(mark in (kind or "") for mark in MARKS), modality, named
 
 
 def read_stated(path: Path, frame: int | None) -> dict[str, Any]:

@@ -13,7 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from listen_process import study
 from PIL import Image as Pillow
-from pydicom.uid import BasicTextSRStorage
+from pydicom.uid import (
+    BasicTextSRStorage,
+    EnhancedUSVolumeStorage,
+    ParametricMapStorage,
+    RTDoseStorage,
+    SegmentationStorage,
+)
 
 from medmoe_edge.calibration.data import read_calibration
 from medmoe_edge.data.datasets import read_examples, read_labels, split_evenly
@@ -140,6 +146,19 @@ def test_dicom_is_known_by_what_it_is(tmp_path: Path, caplog: pytest.LogCaptureF
     (row,) = map(json.loads, (tmp_path / "out/labels.jsonl").read_text().splitlines())
     assert row["image"] == "images/in/1.2.840.10008.7"
     assert "1 DICOM objects without an image" in caplog.text
+
+
+def test_dicom_with_pixels_is_an_image_but_for_marks(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    kinds = (EnhancedUSVolumeStorage, ParametricMapStorage, SegmentationStorage, RTDoseStorage)
+    for number, kind in enumerate(kinds):
+        scan = study()
+        scan.SOPClassUID = scan.file_meta.MediaStorageSOPClassUID = kind
+        scan.PatientID, scan.SOPInstanceUID = f"{number}", f"1.2.3.{number}"
+        saved(tmp_path / "in", scan, f"{number}.dcm")
+    labels(tmp_path / "in", tmp_path / "out", modality="ct")
+    found = read_labels(tmp_path / "out/labels.jsonl")
+    assert {item.image.name for item in found} == {"0.dcm", "1.dcm"}
 
 
 def test_slices_of_a_study_without_a_patient_stay_together(tmp_path: Path) -> None:
