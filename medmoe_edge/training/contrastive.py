@@ -67,7 +67,6 @@ from medmoe_edge.training.data import (
     Pictures,
     augment,
     check_pictures,
-    same_pictures,
 )
 from medmoe_edge.training.initialise import random_modality_model
 from medmoe_edge.training.loop import Loader, Session, fit
@@ -277,9 +276,9 @@ def _fits(told: Sequence[Told]) -> Tensor:
 class ModalityRecipe(Config):
     """Which model, which data (relative to the data folder), how long.
 
-    `shared_expert` trains the model without experts. Each `hold_out`th training image of a caption
-    is kept from training: scores are fitted on these. With `boxes` around what phrases name, maps
-    are taught where it is; those on other images are not looked at.
+    `shared_expert` trains the model without experts. Each `hold_out`th patient of a finding (of few
+    patients, image) is kept from training: scores are fitted on these. With `boxes` around what
+    phrases name, maps are taught where it is; those on other images are not looked at.
     """
 
     preset: str = about("the model's shape, by the name of a preset")
@@ -292,13 +291,15 @@ class ModalityRecipe(Config):
     labels: str | None = about("of images; left out, labels.jsonl", None)
     boxes: str | None = about("around what phrases name; left out, boxes.json", None)
     shared_expert: bool = about("train the model without experts", False)
-    hold_out: int = about("each so many-th image is kept to fit scores on", 20)
+    hold_out: int = about(
+        "each so many-th patient of a finding (of few patients, image) is kept to fit scores on", 20
+    )
 
     def __post_init__(self) -> None:
         if self.hold_out < 2:
             raise ConfigError(
                 f"The recipe's hold_out is {self.hold_out}.",
-                "Use 2 or more: each so many-th image is not learned from.",
+                "Use 2 or more: each so many-th patient or image is not learned from.",
             )
 
     def model_config(self) -> ModalityConfig:
@@ -434,8 +435,9 @@ def train_modality(
 
 
 def read_modality_corpus(recipe: ModalityRecipe, data: Path) -> ModalityCorpus:
-    """The images that a recipe names, from the data folder; no picture is learned and held out.
+    """The images that a recipe names, from the data folder.
 
+    No picture or patient is learned and held out, but where `hold_out` goes by images.
     Raises `DataError` also where what is held out has nothing to fit scores on.
     """
     labelled = read_labels(data / (recipe.labels or LABELS_FILE), check_images=True)
@@ -449,10 +451,10 @@ def read_modality_corpus(recipe: ModalityRecipe, data: Path) -> ModalityCorpus:
     questions = data / recipe.questions if recipe.questions else questions_of(data, "train")
     examples = read_examples(questions, check_images=True) if questions else []
     validation = [item for item in labelled if item.split != "train"]
-    check_pictures([*learned, *examples], validation)
-    known = same_pictures([i.image for i in labelled] + [each.image for each in examples])
+    known = check_pictures([*learned, *held_out, *examples], validation)
     apart: set[Hashable] = {known[item.image] for item in (*held_out, *validation)}
-    apart |= {owner_of(item) for item in (*held_out, *validation)}
+    apart |= set(map(owner_of, held_out)) - set(map(owner_of, learned))
+    apart |= set(map(owner_of, validation))
     facts = fact_captions(
         each for each in examples if not apart & {known[each.image], owner_of(each)}
     )
@@ -481,24 +483,22 @@ def _digest(corpus: ModalityCorpus) -> str:
 def hold_out(
     labelled: Sequence[LabelledImage], every: int
 ) -> tuple[list[LabelledImage], list[LabelledImage]]:
-    """All but each `every`th image of each modality, body and finding, and those.
+    """All but each `every`th patient of each modality, body and finding, and those.
 
-    A patient's images count as one, and are held out together.
+    A patient's images are held out together; one that names no patient counts as one. Of a finding
+    with fewer patients but enough images it is each `every`th image. None is held out whole: where
+    the patients of other findings would take all of it, it is by images too, however few.
     """
-    groups: dict[tuple[str, ...], dict[str, list[LabelledImage]]] = defaultdict(dict)
+    groups: dict[tuple[str, ...], list[LabelledImage]] = defaultdict(list)
     for item in labelled:
-        group = groups[item.modality, item.body, item.finding]
-        group.setdefault(owner_of(item), []).append(item)
-    held: set[str] = set()
-    for group in groups.values():
-        owners = list(group)
-        held.update(owners[every - 1 :: every])
-        if len(owners) < every <= sum(map(len, group.values())):
-            held.add(owners[-1])  # few patients with many images each
-    ordered = [item for group in groups.values() for own in group.values() for item in own]
+        groups[item.modality, item.body, item.finding].append(item)
+    owners = {name: list(dict.fromkeys(map(owner_of, group))) for name, group in groups.items()}
+    held = {owner for own in owners.values() for owner in own[every - 1 :: every]}
     apart: tuple[list[LabelledImage], list[LabelledImage]] = ([], [])
-    for item in ordered:
-        apart[owner_of(item) in held].append(item)
+    for name, group in groups.items():
+        by_image = len(owners[name]) < every <= len(group) or held.issuperset(owners[name])
+        for number, item in enumerate(group, start=1):
+            apart[number % every == 0 if by_image else owner_of(item) in held].append(item)
     return apart
 
 

@@ -49,6 +49,7 @@ ROTATION = math.radians(12)
 SCALE = 0.15
 SHIFT = 0.08
 LIGHT = 0.2
+HEAD = 2**16  # bytes of files of one size that are compared before all of them are
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
@@ -92,21 +93,29 @@ Item = TypeVar("Item")
 
 
 def same_pictures(images: Iterable[Path]) -> dict[Path, Hashable]:
-    """What tells the pictures of files apart: their bytes, read where they are as many."""
-    sizes = {image: image.stat().st_size for image in dict.fromkeys(images)}
-    alone = Counter(sizes.values())
-    return {
-        image: size if alone[size] == 1 else file_sha256(image) for image, size in sizes.items()
-    }
+    """What tells the pictures of files apart: their sizes, else their heads, else all bytes."""
+    known: dict[Path, Hashable] = {image: image.stat().st_size for image in dict.fromkeys(images)}
+    for finer in (_head_sha256, file_sha256):
+        same = Counter(known.values())
+        known = {
+            image: key if same[key] == 1 else (key, finer(image)) for image, key in known.items()
+        }
+    return known
+
+
+def _head_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.sha256(file.read(HEAD)).hexdigest()
 
 
 def check_pictures(
     learned: Iterable[Example | LabelledImage | Finding],
     held_out: Iterable[Example | LabelledImage | Finding],
-) -> None:
+) -> dict[Path, Hashable]:
     """Raise `DataError` for a picture of two modalities; warn of what is learned and held out too.
 
-    That are pictures and patients. A picture is known by its bytes, whatever its files are called.
+    That are pictures and patients. A picture is known by its bytes, whatever its files are called:
+    returned is `same_pictures` of all.
     """
     first, second = list(learned), list(held_out)
     known = same_pictures(each.image for each in (*first, *second))
@@ -134,6 +143,7 @@ def check_pictures(
             len(both),
             next(iter(both.values())),
         )
+    return known
 
 
 KEPT_BYTES = 2 * 10**9  # of decoded images, and of views

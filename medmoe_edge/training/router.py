@@ -260,7 +260,9 @@ def train_router(
     target = _target(checkpoint, out, data, vision_tower, force=force)
     labelled = read_labels(data / LABELS_FILE if data.is_dir() else data, check_images=True)
     apart = [[item for item in labelled if (item.split == "train") is own] for own in (True, False)]
-    check_pictures(*apart)
+    learned, held = (few_of_each(instructions(items)) for items in apart)
+    drawn = {each.image for each in (*learned, *held)}
+    check_pictures(*([item for item in items if item.image in drawn] for items in apart))
     read = read_checkpoint(checkpoint, vision_tower=vision_tower)
     moe = _moe(read)
     found = sorted({item.modality for item in labelled})
@@ -279,14 +281,12 @@ def train_router(
         )
     model = loaded(read)
     tokenizer = read.tokenizer.tokenizer
-    learned = few_of_each(instructions(apart[0]))
     if not names:
         votes = Batches(read.config, tokenizer, found, 0)
         features = pooled_features(model, moe.layers, votes, learned, progress)
         names = _by_vote(model, features, found, moe)
     batches = Batches(read.config, tokenizer, names, 0)
     router = fit_in_place(model, batches, learned, progress)
-    held = few_of_each(instructions(apart[1]))
     judged = pooled_features(model, moe.layers, batches, held or learned, progress)
     judged = judged.only(judged.of_image)
     with torch.no_grad():

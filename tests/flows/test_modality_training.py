@@ -417,21 +417,34 @@ def test_some_of_each_finding_are_held_out() -> None:
     assert sorted([*learned, *held_out], key=lambda i: int(i.image.name)) == labelled
 
 
+def of_patient(number: int, finding: str, patient: str) -> LabelledImage:
+    return LabelledImage(Path(f"{finding}{number}"), "ct", "head", finding, "few", "train", patient)
+
+
 def test_a_patient_is_held_out_as_one() -> None:
-    """Also where there are fewer patients than images that one is held out of."""
-    for patients, every in ((9, 3), (2, 4)):
-        labelled = [
-            LabelledImage(
-                Path(f"{n}"), "ct", "head", "ab"[n % 2], "few", "train", f"p{n // 6 % patients}"
-            )
-            for n in range(120)
-        ]
-        learned, held_out = hold_out(labelled, every)
-        own, others = ({item.patient for item in part} for part in (held_out, learned))
-        assert not own & others
-        assert len(own) == max(patients // every, 1)
-        assert {item.finding for item in held_out} == {"a", "b"}
-        assert len(learned) + len(held_out) == 120
+    labelled = [of_patient(n, "ab"[n % 2], f"p{n // 6 % 9}") for n in range(120)]
+    learned, held_out = hold_out(labelled, 3)
+    own, others = ({item.patient for item in part} for part in (held_out, learned))
+    assert (len(own), own & others) == (3, set())
+    assert {item.finding for item in held_out} == {"a", "b"}
+    assert len(learned) + len(held_out) == 120
+
+
+def test_no_finding_is_held_out_whole() -> None:
+    """Of few patients images are held out; other findings' patients do not take the last of one."""
+    normal = [of_patient(n, "normal", f"p{n}") for n in range(100)]
+    mass = [of_patient(n, "mass", "p0") for n in range(25)]
+    cyst = [of_patient(n, "cyst", ("p19", "p39")[n % 2]) for n in range(40)]
+    rare = [of_patient(n, "rare", "p19") for n in range(3)]
+    mixed = [of_patient(n, "mixed", ("p19", "p0")[n % 2]) for n in range(4)]
+    held_out = hold_out([*normal, *mass, *cyst, *rare, *mixed], 20)[1]
+    assert [item.image.name for item in held_out] == [
+        *("normal19", "normal39", "normal59", "normal79", "normal99"),
+        *("mass19", "cyst19", "cyst39", "mixed0", "mixed2"),
+    ]
+    many = [of_patient(n, "many", f"p{20 * n + 19}") for n in range(2)]  # all are held by another
+    learned = hold_out([*(of_patient(n, "normal", f"p{n}") for n in range(40)), *many], 20)[0]
+    assert {*many} <= {*learned}
 
 
 # --- what learns ------------------------------------------------------------------------------

@@ -28,9 +28,11 @@ from medmoe_edge.training.data import (
     Turn,
     augment,
     captions,
+    check_pictures,
     from_examples,
     instructions,
     pack,
+    same_pictures,
     tidy_answer,
     vary_question,
 )
@@ -297,3 +299,30 @@ def test_an_unreadable_recipe_is_named(tmp_path: Path, content: str | None) -> N
         (tmp_path / "mine.json").write_text(content)
     with pytest.raises(DataError, match=r"mine\.json"):
         read_recipe(str(tmp_path / "mine.json"))
+
+
+def bytes_read() -> int:
+    """By this process so far."""
+    counts = Path("/proc/self/io")
+    if not counts.exists():
+        pytest.skip("this system does not count what a process reads")
+    return int(counts.read_text().split()[1])
+
+
+def test_files_are_read_as_far_as_it_takes_to_tell_them_apart(tmp_path: Path) -> None:
+    size = 2**22
+    contents = {"a": b"1", "b": b"2", "c": b"3", "alone": b"3" + bytes(size)}
+    for name, start in contents.items():
+        (tmp_path / name).write_bytes(start.ljust(size, b"\0"))
+    files = [tmp_path / name for name in contents]
+    before = bytes_read()
+    known = check_pictures(
+        [Example("1", each, "", "", "OPEN", None, None, None, "") for each in files], []
+    )
+    assert 3 * 2**16 <= bytes_read() - before < 2**20
+    assert list(known) == files
+    assert len(set(known.values())) == 4
+    (tmp_path / "b").write_bytes(b"1".ljust(size, b"\0"))
+    (tmp_path / "c").write_bytes(b"1".ljust(size, b"\1"))
+    same = same_pictures(files[:3])
+    assert same[files[0]] == same[files[1]] != same[files[2]]
