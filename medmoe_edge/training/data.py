@@ -114,8 +114,7 @@ def check_pictures(
 ) -> dict[Path, Hashable]:
     """Raise `DataError` for a picture of two modalities; warn of what is learned and held out too.
 
-    That are pictures and patients. A picture is known by its bytes, whatever its files are called:
-    returned is `same_pictures` of all.
+    That are pictures and patients. Returns what tells all apart, whatever their files are called.
     """
     first, second = list(learned), list(held_out)
     known = same_pictures(each.image for each in (*first, *second))
