@@ -158,7 +158,7 @@ def unreadable(what: str, error: OSError) -> tuple[str, str]:
     return f"{what} cannot be opened: {reason}.", "Check the path and its permissions."
 
 
-OF_MACHINE = {errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN}
+OF_MACHINE = {errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE}
 
 
 def of_machine(what: str, error: BaseException | None) -> ResourceError | None:
@@ -178,7 +178,7 @@ def of_machine(what: str, error: BaseException | None) -> ResourceError | None:
     if number not in OF_MACHINE:
         return None
     return ResourceError(
-        f"{what} cannot be read now: {os.strerror(number).lower()}.",
+        f"{what} cannot be used now: {os.strerror(number).lower()}.",
         "The machine is at fault, not the file: close other programs, check its disk, try again.",
     )
 
@@ -211,6 +211,8 @@ def checked(value: Any, hint: Any, name: str) -> Any:
     Raises `InputError` for any other value, and for a path that is empty or that none can be;
     `name` is what callers call it.
     """
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
+        value = value.item()
     union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     kinds = typing.get_args(hint) if union else (hint,)
     for kind in kinds:

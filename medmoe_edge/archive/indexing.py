@@ -37,7 +37,14 @@ from medmoe_edge.atomic import file_sha256
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.contrastive.engine import ModalityEngine
 from medmoe_edge.contrastive.features import unit
-from medmoe_edge.errors import ImageError, InputError, MissingDependencyError, Told, of_machine
+from medmoe_edge.errors import (
+    ImageError,
+    InputError,
+    MissingDependencyError,
+    ResourceError,
+    Told,
+    of_machine,
+)
 from medmoe_edge.image.loading import load_image, preprocess
 from medmoe_edge.image.pixels import Image, pick_frame
 
@@ -209,7 +216,8 @@ def index_folder(
     Hidden files and folders are left out. Files of the same size and time of change are not read
     again; the same picture, moved or copied, is not embedded again. Killed at any moment, the index
     is as it was at the last commit. Raises `InputError` as `ArchiveWriter` does, and for a folder
-    that cannot be read; `ResourceError` where the machine does not let a file be read.
+    that cannot be read; `ResourceError` where the machine does not let a file be
+    read, after all others.
     """
     started = time.perf_counter()
     root, index = Path(folder).resolve(), Path(index)
@@ -223,6 +231,8 @@ def index_folder(
         for path in work.known:  # and was not met
             writer.remove(path)
         writer.commit()
+        if work.trouble:
+            raise work.trouble
         return Indexing(
             index=str(index),
             folder=str(folder),
@@ -248,22 +258,30 @@ class _Work:
         self.known = writer.known()
         self.embedded = self.reused = self.unchanged = 0
         self.skipped = skipped
+        self.trouble: ResourceError | None = None  # the first
 
     def take(self, path: str) -> None:
         """Bring one file up to date."""
         try:
             status = (self.root / path).stat()
             same = (status.st_size, status.st_mtime_ns)
-            if self.known.get(path) == same:
-                self.unchanged += 1
-            else:
-                self._put(path, same, load_image(self.root / path))
-        except (OSError, ImageError, MissingDependencyError) as error:
-            if trouble := of_machine(path, error):
-                raise trouble from error
+            picture = None if self.known.get(path) == same else load_image(self.root / path)
+        except (ImageError, MissingDependencyError):
             self.skipped.append(path)  # and what was known of it goes with the gone
+            return
+        except (OSError, ResourceError) as error:
+            trouble = error if isinstance(error, ResourceError) else of_machine(path, error)
+            if trouble is None:
+                self.skipped.append(path)
+            else:
+                self.known.pop(path, None)  # it may be there still
+                self.trouble = self.trouble or trouble
+            return
+        if picture is None:
+            self.unchanged += 1
         else:
-            self.known.pop(path, None)
+            self._put(path, same, picture)
+        self.known.pop(path, None)
 
     def _put(self, path: str, same: tuple[int, int], picture: Image) -> None:
         digest = hashlib.sha256(repr(picture.pixels.shape).encode())

@@ -467,7 +467,7 @@ def _auc_interval(
     pairs = present.sum(1) * absent.sum(1)
     areas = wins[pairs > 0] / pairs[pairs > 0]
     low, high = map(float, np.quantile(areas, (0.025, 0.975)))
-    if low == high and np.ptp(scores) > 0:
+    if high - low < 1e-9 and np.ptp(scores) > 0:
         fewest = min(len(np.unique(member[kind])) for kind in (there, ~there))
         return wilson_interval(low, fewest, Z95)
     return low, high

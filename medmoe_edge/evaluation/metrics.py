@@ -184,7 +184,7 @@ def bootstrap_interval(
     draws = np.random.default_rng(0).multinomial(count, [1 / count] * count, size=rounds)
     means = (draws @ sums) / (draws @ sizes)  # [rounds]
     low, high = np.quantile(means, (0.025, 0.975))
-    if low == high and (shares or low in (0, 1)):  # drawing on and on finds no other image
+    if high - low < 1e-9 and (shares or low in (0, 1)):  # drawing on and on finds no other image
         return wilson_interval(float(low), count, Z95)
     return float(low), float(high)
 

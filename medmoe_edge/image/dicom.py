@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge.errors import ImageError, Notice
-from medmoe_edge.image.dicom_container import Container, open_container
+from medmoe_edge.image.dicom_container import Container, add_misplaced, open_container
 from medmoe_edge.image.dicom_display import file_window, is_inverted, read_modality, show
 from medmoe_edge.image.dicom_pixels import Layout, Stored, read_frame, read_layout
 from medmoe_edge.image.dicom_tables import Header, Say
@@ -77,6 +77,7 @@ def read_dicom(path: Path, frame: int | None, most_pixels: int = MAX_PIXELS) -> 
         notices.setdefault(code, Notice(code, message))
 
     with open_container(path, name, say) as container:
+        add_misplaced(container)
         stored, header, layout = _read_stored(container, frame, name, most_pixels, say)
     pixels, window = show(stored, header, layout, name, say)
     if any((group, 0x0010) in header.dataset for group in OVERLAYS):
@@ -115,6 +116,7 @@ def read_grey_values(
         """What should be known of the file was said when it was read as a picture."""
 
     with open_container(path, name, ignore) as container:
+        add_misplaced(container)
         stored, header, layout = _read_stored(container, frame, name, MAX_PIXELS, ignore)
     if stored.colour != "grey":
         return None

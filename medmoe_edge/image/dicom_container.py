@@ -19,6 +19,8 @@ from typing import IO, BinaryIO, cast
 import numpy as np
 import numpy.typing as npt
 from pydicom import dcmread, uid
+from pydicom.datadict import dictionary_has_tag
+from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.filereader import read_dataset
 from pydicom.valuerep import VR
@@ -107,6 +109,41 @@ def open_container(
         yield dataclasses.replace(container, kind=kind)
 
 
+def add_misplaced(container: Container) -> None:
+    """Add to the attributes what stands behind the pixels although it belongs before them.
+
+    PS3.5 7.1. What was stated in its place stays. Padding and signatures, which do belong there,
+    bytes that are no attributes, and the end of a deflated file are not read.
+    """
+    pixels, dataset = container.pixels, container.header.dataset
+    if pixels is None or isinstance(pixels.file, _Inflated):
+        return
+    file, end = pixels.file, pixels.start + (pixels.length or 0)
+    if pixels.length is None:
+        with contextlib.suppress(ImageError):  # told of when a frame is read
+            end = sum(_walk(pixels)[1][-1])
+        end += 8 * (read_at(file, end, 4) == b"\xfe\xff\xdd\xe0")  # a delimiter
+    if not 8 <= file.seek(0, io.SEEK_END) - end <= MAX_HEADER:
+        return
+    file.seek(end)
+    with contextlib.suppress(Exception):  # pydicom raises nearly anything on other bytes
+        found = read_dataset(file, *dataset.original_encoding)
+        tags = list(found.keys())
+        late = [tag for tag in tags if tag < min(PIXEL_TAGS)]
+        if late and tags == sorted(tags) and all(map(_is_sound, map(found.get_item, tags))):
+            what = "The file has attributes behind its pixels, where they do not belong."
+            pixels.say("misplaced", what)
+            for tag in set(late) - set(dataset.keys()):
+                dataset[tag] = found.get_item(tag)
+
+
+def _is_sound(element: DataElement | RawDataElement) -> bool:
+    """Whether an element is one that the standard knows, and whole."""
+    tag, value = element.tag, element.value
+    known = tag.group >= 8 and (tag.is_private or dictionary_has_tag(tag))
+    return known and (not isinstance(value, bytes) or len(value) == element.length)
+
+
 def read_whole(path: Path, name: str) -> Dataset:
     """All of a file; raises `ImageError`, and whatever pydicom raises."""
     with path.open("rb") as file:
@@ -188,8 +225,6 @@ def _read(file: BinaryIO, syntax: uid.UID | None, name: str, say: Say) -> Contai
     if syntax is not None:
         dataset.file_meta.TransferSyntaxUID = syntax
     pixels = _find_pixels(file, implicit, little, name, say)
-    if pixels is not None and not isinstance(file, _Inflated):  # of which much would be inflated
-        _add_misplaced(dataset, pixels, implicit)
     if pixels is not None and syntax == GE_BIG_ENDIAN_PIXELS:
         pixels = dataclasses.replace(pixels, little=False)
     return Container(Header(dataset, little=little), syntax, None, pixels)
@@ -217,31 +252,6 @@ def _find_pixels(
     count = int.from_bytes(length, order)  # type: ignore[arg-type]
     known = None if count == UNDEFINED else count
     return PixelElement(file, start, known, kind, vr != b"OB", little, name, say)
-
-
-def _add_misplaced(dataset: Dataset, pixels: PixelElement, implicit: bool) -> None:
-    """Add what stands behind the pixels although its tag belongs before them (PS3.5 7.1).
-
-    What was stated in its place stays. Padding and signatures, which do belong there, are not read.
-    """
-    file, order = pixels.file, "<HH" if pixels.little else ">HH"
-    end = pixels.start + (pixels.length or 0)
-    if pixels.length is None:
-        with contextlib.suppress(ImageError):  # told of when a frame is read
-            end = sum(_walk(pixels)[1][-1])
-        end += 8 * (
-            read_at(file, end, 4) == struct.pack(order, DELIMITER >> 16, DELIMITER & 0xFFFF)
-        )
-    head = read_at(file, end, 6)
-    group = struct.unpack(order, head[:4])[0] if len(head) == 6 else 0
-    if not 8 <= group < min(PIXEL_TAGS) >> 16 or not (implicit or head[4:] in KNOWN_VRS):
-        return
-    pixels.say("misplaced", "The file has attributes behind its pixels, where they do not belong.")
-    file.seek(end)
-    with contextlib.suppress(Exception):  # bytes that only looked like attributes
-        found = read_dataset(file, implicit, pixels.little)
-        for tag in set(found.keys()) - set(dataset.keys()):
-            dataset[tag] = found.get_item(tag)
 
 
 def read_at(file: BinaryIO, start: int, size: int) -> bytes:

@@ -101,7 +101,7 @@ def read_raster(path: Path, frame: int | None, most_pixels: int = MAX_PIXELS) ->
         turned = picture.getexif().get(ORIENTATION)
         if isinstance(picture, TiffImagePlugin.TiffImageFile):
             _correct_reading(picture)
-            _load_tiff(picture, path)
+            notices += _load_tiff(picture, path)
         else:
             picture.load()
             if picture.format in ("JPEG", "MPO"):
@@ -310,8 +310,8 @@ def _correct_reading(picture: TiffImagePlugin.TiffImageFile) -> None:
         picture.palette = ImagePalette.raw("RGB;L", bytes(colours))
 
 
-def _load_tiff(picture: TiffImagePlugin.TiffImageFile, path: Path) -> None:
-    """Decode a page, which also turns it upright.
+def _load_tiff(picture: TiffImagePlugin.TiffImageFile, path: Path) -> tuple[Notice, ...]:
+    """Decode a page, which also turns it upright; says where deflated data have no end.
 
     Raises `OSError` "truncated" where its strips or tiles lead out of the file, `zlib.error` where
     deflated ones do not match their sums, which libtiff does not look at.
@@ -329,24 +329,25 @@ def _load_tiff(picture: TiffImagePlugin.TiffImageFile, path: Path) -> None:
         if any(end > path.stat().st_size for end in ends):
             raise OSError("truncated") from None
         raise
-    if tags.get(TiffImagePlugin.COMPRESSION) in DEFLATED and tags.get(FILL_ORDER, 1) == 1:
-        for start, size in zip(starts, sizes, strict=False):
-            _check_sum(path, start, size)
-
-
-def _check_sum(path: Path, start: int, size: int) -> None:
-    """Raise `zlib.error` where deflated data are not what their Adler-32 says (RFC 1950).
-
-    And `OSError` where they have no end, as damaged ones go on after the picture is full.
-    """
+    if tags.get(TiffImagePlugin.COMPRESSION) not in DEFLATED or tags.get(FILL_ORDER, 1) != 1:
+        return ()
     with path.open("rb") as file:
-        file.seek(start)
-        data, inflater = file.read(size), zlib.decompressobj()
+        ended = [_ends_in_sum(file, *strip) for strip in zip(starts, sizes, strict=False)]
+    endless = "Compressed data of the picture have no end: it may be damaged."
+    return () if all(ended) else (Notice("may_be_damaged", endless),)
+
+
+def _ends_in_sum(file: BinaryIO, start: int, size: int) -> bool:
+    """Whether deflated data end, as damaged ones may not: they go on after the picture is full.
+
+    Raises `zlib.error` where they are not what their Adler-32 says (RFC 1950).
+    """
+    file.seek(start)
+    data, inflater = file.read(size), zlib.decompressobj()
     while data and not inflater.eof:
         inflater.decompress(data, PIECE)
         data = inflater.unconsumed_tail
-    if not inflater.eof:
-        raise OSError("truncated")
+    return inflater.eof
 
 
 def _check_tiles(picture: Pillow.Image, name: str, most_pixels: int) -> None:

@@ -151,7 +151,8 @@ class VerifyOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.against is None and (self.beside or self.vision_tower):
+        data = self.data if self.data != "builtin" else None
+        if self.against is None and (data or self.beside or self.vision_tower):
             raise InputError(
                 "--data, --beside and --vision-tower are to measure against a checkpoint.",
                 "Add --against CHECKPOINT.",

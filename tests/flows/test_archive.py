@@ -340,10 +340,13 @@ def test_what_the_disk_does_not_give_now_is_not_taken_for_gone(
 
     with monkeypatch.context() as patched:
         patched.setattr(owner, what, troubled)
-        with pytest.raises(ResourceError, match="cannot be read now: input/output error"):
+        Pillow.new("L", (8, 8), 99).save(folder / "5.png")
+        with pytest.raises(ResourceError, match="cannot be used now: input/output error"):
             update(folder, engine)
     with Archive(folder / "index", MODEL["sha256"]) as archive:
         assert len(archive) == 10
+    others = 0 if what == "scandir" else 1
+    assert engine.embedded == 10 + others, "what can be read is indexed all the same"
 
 
 def test_names_that_are_no_text(folder: Path, engine: FakeEngine) -> None:

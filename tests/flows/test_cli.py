@@ -87,7 +87,7 @@ def test_shell_completion_knows_the_verbs() -> None:
         (VerificationError("What.", "Do."), 4, "What."),
         (ResourceError("What.", "Do."), 5, "What."),
         (OSError(errno.ENOSPC, "No space left on device", "a"), 5, "a: no space left on device."),
-        (OSError(errno.EMFILE, "-", "a"), 5, "a cannot be read now: too many open files."),
+        (OSError(errno.EMFILE, "-", "a"), 5, "a cannot be used now: too many open files."),
         (
             PermissionError(errno.EACCES, "Permission denied", "a"),
             2,

@@ -178,6 +178,7 @@ def test_what_is_of_another_type_is_told(engine: Engine, odd: Any) -> None:
         (lambda: EvaluateOptions(Path("q"), device="gpu"), "device is 'gpu'"),  # type: ignore[arg-type]
         (lambda: medmoe_edge.verify("nano", {}), "options cannot be dict. Give VerifyOptions or"),  # type: ignore[arg-type]
         (lambda: VerifyOptions(beside=["nano"]), "measure against a checkpoint"),
+        (lambda: VerifyOptions(data="mine"), "measure against a checkpoint"),
         (lambda: VerifyOptions(record=True), "There is nothing to record"),
     ],
 )
@@ -192,6 +193,7 @@ def test_options_take_what_people_have_in_hand() -> None:
     assert made == ExportOptions("mixed", budget_bits=5.0, stats=Path("stats"), modalities=("ct",))
     counted = EvaluateOptions("q.jsonl", limit=np.int64(3))  # type: ignore[arg-type]
     assert counted == EvaluateOptions(Path("q.jsonl"), limit=3)
+    assert ExportOptions("int4", group=np.int64(64), strict=np.True_).group == 64  # type: ignore[arg-type]
     assert CalibrateOptions(Path("images")).data == Path("images")
     assert CalibrateOptions("builtin").data == "builtin"
 

@@ -554,6 +554,16 @@ def test_attributes_behind_the_pixels_count_where_nothing_else_says_the_same(
 
 
 @pytest.mark.parametrize(
+    "behind", [b"    junk trailer    ", DEEP.tobytes()[:128], b"\x28\0\x50\x10" * 9]
+)
+def test_bytes_behind_the_pixels_that_are_no_attributes(behind: bytes, tmp_path: Path) -> None:
+    path = bare(twelve(), tmp_path, implicit=True, little=True)
+    path.write_bytes(path.read_bytes() + behind)
+    assert np.abs(grey(path) - SHOWN).max() <= 1
+    assert codes(path) == []
+
+
+@pytest.mark.parametrize(
     "behind", [bytes(64), b"\xfc\xff\xfc\xffOB\0\0\4\0\0\0abcd", b"\x28\0\x50"]
 )
 def test_padding_behind_the_pixels_is_nothing(behind: bytes, tmp_path: Path) -> None:

@@ -138,6 +138,8 @@ def test_bootstrap_draws_whole_images() -> None:
     assert bootstrap_interval([1.0, 0.0], ["same", "same"]) == (0.5, 0.5)
     one = bootstrap_interval([1.0, 0.0], ["same", "same"], shares=True)
     assert one == pytest.approx((0.0546, 0.9454), abs=1e-4), "one image tells next to nothing"
+    low, high = bootstrap_interval([1 / 3] * 7, range(7), shares=True)  # means differ by rounding
+    assert high - low > 0.4
     assert bootstrap_interval([0.0, 0.0], [1, 2]) == pytest.approx(
         (0, 1.96**2 / (2 + 1.96**2)), 1e-4
     )

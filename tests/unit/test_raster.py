@@ -414,9 +414,30 @@ def test_a_changed_bit_in_a_deflated_tiff_is_noticed(options: dict[str, Any], re
             image = read(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
         except ImageError:
             refused += 1
-        else:  # a bit between the last code and the sum
-            np.testing.assert_array_equal(image.pixels, three(SMOOTH))
-    assert refused >= len(places) - 1
+        else:  # a bit between the last code and the sum, or of the last code
+            is_right = np.array_equal(image.pixels, three(SMOOTH))
+            assert is_right or codes(image) == ["may_be_damaged"]
+    assert refused > 0.8 * len(places)
+
+
+@pytest.mark.parametrize("kind", ["flushed", "without its sum"])
+def test_a_deflated_tiff_without_an_end_is_shown_and_told_of(kind: str, read: Any) -> None:
+    file = io.BytesIO()
+    tifffile.imwrite(file, SMOOTH, compression="zlib")
+    data = file.getvalue()
+    with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+        (start,), (size,) = tiff.pages[0].dataoffsets, tiff.pages[0].databytecounts
+        at = tiff.pages[0].tags["StripByteCounts"].valueoffset
+    packer = zlib.compressobj()
+    flushed = packer.compress(SMOOTH.tobytes()) + packer.flush(zlib.Z_SYNC_FLUSH)
+    held = flushed if kind == "flushed" else data[start : start + size - 4]
+    changed = bytearray(data + held)
+    offset = tiff.pages[0].tags["StripOffsets"].valueoffset
+    changed[at : at + 4] = len(held).to_bytes(4, "little")
+    changed[offset : offset + 4] = len(data).to_bytes(4, "little")
+    image = read(bytes(changed))
+    np.testing.assert_array_equal(image.pixels, three(SMOOTH))
+    assert codes(image) == ["may_be_damaged"]
 
 
 def test_of_a_tiff_that_was_cut_off_only_a_whole_page_is_shown(read: Any) -> None:

@@ -148,7 +148,7 @@ def test_trouble_of_the_machine_is_not_the_file_s(scan: Path) -> None:
         for process in children():
             resource.prlimit(process, resource.RLIMIT_NOFILE, (limit, hard))
     assert refused
-    assert set(refused) == {"The image cannot be read now: too many open files."}
+    assert set(refused) == {"The image cannot be used now: too many open files."}
     assert read_apart(scan).frames == 1
 
 
