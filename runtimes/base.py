@@ -338,7 +338,7 @@ class EmbeddingTable:
     def __getitem__(self, ids: Sequence[int]) -> Floats:
         """The rows of some tokens `[S, D]`; raises `BundleError` where the file ends before."""
         if not hasattr(os, "pread"):  # Windows; elsewhere no pages are mapped, which count as ours
-            return self._table[ids].astype(np.float32)
+            return np.asarray(self._table[ids], np.float32)
         size, start, width = self._table.strides[0], self._table.offset, self._table.shape[1]
         rows = b"".join(os.pread(self._file, size, start + token * size) for token in ids)
         if len(rows) < size * len(ids):

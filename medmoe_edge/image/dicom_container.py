@@ -139,9 +139,10 @@ def add_misplaced(container: Container) -> None:
 
 def _is_sound(element: DataElement | RawDataElement) -> bool:
     """Whether an element is one that the standard knows, and whole."""
-    tag, value = element.tag, element.value
-    known = tag.group >= 8 and (tag.is_private or dictionary_has_tag(tag))
-    return known and (not isinstance(value, bytes) or len(value) == element.length)
+    known = element.tag.is_private or dictionary_has_tag(element.tag)
+    if isinstance(element, RawDataElement) and len(element.value or b"") != element.length:
+        return False
+    return known and element.tag.group >= 8
 
 
 def read_whole(path: Path, name: str) -> Dataset:

@@ -63,7 +63,7 @@ def test_what_a_contrastive_model_is_not_exported_with(
 def test_what_a_contrastive_model_is_not_measured_with() -> None:
     folder = bundle_path("modality-nano")
     with pytest.raises(InputError, match="--beside does not go with"):
-        CONTRASTIVE.verify(folder, VerifyOptions(beside=["other"]), silent)
+        CONTRASTIVE.verify(folder, VerifyOptions(Path("checkpoint"), beside=["other"]), silent)
     for options, what in (
         (EvaluateOptions(Path("data"), labels=Path("labels.jsonl")), "--labels does not go with"),
         (EvaluateOptions(Path("data"), runtime="tensorrt"), "does not run on tensorrt"),

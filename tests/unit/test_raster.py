@@ -427,12 +427,13 @@ def test_a_deflated_tiff_without_an_end_is_shown_and_told_of(kind: str, read: An
     data = file.getvalue()
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         (start,), (size,) = tiff.pages[0].dataoffsets, tiff.pages[0].databytecounts
-        at = tiff.pages[0].tags["StripByteCounts"].valueoffset
+        at, offset = (
+            tiff.pages.first.tags[f"Strip{name}"].valueoffset for name in ("ByteCounts", "Offsets")
+        )
     packer = zlib.compressobj()
     flushed = packer.compress(SMOOTH.tobytes()) + packer.flush(zlib.Z_SYNC_FLUSH)
     held = flushed if kind == "flushed" else data[start : start + size - 4]
     changed = bytearray(data + held)
-    offset = tiff.pages[0].tags["StripOffsets"].valueoffset
     changed[at : at + 4] = len(held).to_bytes(4, "little")
     changed[offset : offset + 4] = len(data).to_bytes(4, "little")
     image = read(bytes(changed))
