@@ -138,7 +138,8 @@ def read_origin(path: Path) -> tuple[bool, str | None, str | None]:
         modality = modality_of(header)
         seen = container.pixels is not None and container.pixels.length != 0
     named = hashlib.sha256(patient.encode()).hexdigest()[:16] if patient else None
-    return seen and not any(mark in (kind or "") for mark in MARKS), modality, named
+    is_image = seen or kind is None  # damaged, perhaps: whoever reads the picture says so
+    return is_image and not any(mark in (kind or "") for mark in MARKS), modality, named
 
 
 def read_stated(path: Path, frame: int | None) -> dict[str, Any]:

@@ -303,7 +303,8 @@ def test_matrices_that_groups_do_not_divide_are_refused_at_once(
     )
     precisions: tuple[Precision, ...] = ("int4", "mixed")
     for precision in precisions:
-        options = ExportOptions(precision, calibrate_on=questions, budget_bits=4.5)
+        bits = 4.5 if precision == "mixed" else None
+        options = ExportOptions(precision, calibrate_on=questions, budget_bits=bits)
         with pytest.raises(CheckpointError, match="of 48 weights, do not divide") as caught:
             export_model(folder, tmp_path / "out", options, progress=idle)
         assert caught.value.remedy == "Export it with --int8."

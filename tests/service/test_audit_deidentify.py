@@ -363,8 +363,8 @@ def test_a_private_transfer_syntax_is_refused_by_name(syntax: bytes, tmp_path: P
 
 
 def test_what_would_show_another_picture_is_not_written(tmp_path: Path) -> None:
-    """Here a shape that pydicom, which reads all of the file, finds behind the pixels."""
-    source = saved(tmp_path, made(VALUES, **SECRETS))
+    """Here a shape behind the pixels, which pydicom takes and we do not: one stands before them."""
+    source = saved(tmp_path, made(VALUES, PresentationLUTShape="IDENTITY", **SECRETS))
     behind = b"\x50\x20\x20\0CS\x08\0INVERSE "
     source.write_bytes(source.read_bytes() + behind)
     with pytest.raises(ImageError, match="another picture"):
