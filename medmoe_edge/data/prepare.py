@@ -23,6 +23,7 @@ from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Self
 
+from medmoe_edge.atomic import file_sha256
 from medmoe_edge.data.datasets import (
     ANSWER_TYPES,
     SPLITS,
@@ -201,7 +202,7 @@ def add_questions(
     """
     examples = read_examples(source, check_images=True)
     images = {example.image for example in examples}
-    sums = {image: hashlib.sha256(image.read_bytes()).hexdigest() for image in images}
+    sums = {image: file_sha256(image) for image in images}
     groups = {example.id: example.patient or sums[example.image] for example in examples}
     name = set_name(name or source.stem)
     with adding(name, source, out, force=force) as (addition, prepared):

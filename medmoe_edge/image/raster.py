@@ -326,7 +326,7 @@ def _load_tiff(picture: TiffImagePlugin.TiffImageFile, path: Path) -> tuple[Noti
         picture.load()
     except OSError:
         ends = (start + size for start, size in zip(starts, sizes, strict=False))
-        if any(end > path.stat().st_size for end in ends):
+        if max(ends, default=0) > path.stat().st_size:
             raise OSError("truncated") from None
         raise
     if tags.get(TiffImagePlugin.COMPRESSION) not in DEFLATED or tags.get(FILL_ORDER, 1) != 1:
