@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from medmoe_edge.bundle.bundle import MANIFEST, sign_bundle
-from medmoe_edge.bundle.trust import SIGNATURE, is_signed, read_private_key, vouch_for
+from medmoe_edge.bundle.trust import SIGNATURE, read_private_key, vouch_for
 from medmoe_edge.cli.common import (
     AllowRepetition,
     BundleArgument,
@@ -262,14 +262,10 @@ def verify(
     if sign is not None and against is not None and record is None:
         record = True
     options = VerifyOptions(
-        checkpoint, data or "builtin", beside or [], report, vision_tower, record
+        *(checkpoint, data or "builtin", beside or [], report, vision_tower, record),
+        signing=sign is not None,
     )
     folder = bundle_path(bundle)
-    if record and sign is None and is_signed(folder):
-        raise InputError(
-            f"{folder} is signed: with a new record in it, its signature would not hold.",
-            "Sign it again with --sign KEY, or give --no-record.",
-        )
     if report is not None:
         check_output(report, force, folder, around=(data,))
     with render.working("Reading") as progress:

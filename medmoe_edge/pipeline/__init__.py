@@ -140,6 +140,8 @@ class VerifyOptions(Options):
         report: A file for the record, for people.
         vision_tower: The vision tower, if the checkpoint holds none.
         record: Whether the bundle keeps the record; None: where it is the user's own.
+        signing: Whether the bundle is signed afterwards: without that, one that is signed already
+            takes no record, with which its signature would not hold.
     """
 
     against: Path | None = None
@@ -148,6 +150,7 @@ class VerifyOptions(Options):
     report: Path | None = None
     vision_tower: Path | None = None
     record: bool | None = None
+    signing: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

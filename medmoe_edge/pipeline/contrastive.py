@@ -94,7 +94,7 @@ def verify_modality_on(
         InputError: The data cannot be used, or `check_recordable` refuses the record.
         ResourceError: The record cannot be written.
     """
-    check_recordable(bundle, options.record)
+    check_recordable(bundle, options)
     carries = options.record or (options.record is None and may_record(bundle))
     return verify_modality(
         bundle,

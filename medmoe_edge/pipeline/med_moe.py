@@ -17,6 +17,7 @@ from PIL import Image as Picture
 from medmoe_edge._types import Progress, no_progress
 from medmoe_edge.atomic import atomic_folder, check_target, writing
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle
+from medmoe_edge.bundle.trust import is_signed
 from medmoe_edge.calibration.collect import Pictures
 from medmoe_edge.calibration.coverage import check_covered
 from medmoe_edge.calibration.data import BUILTIN, CalibrationData, Sample, Skipped, read_calibration
@@ -347,7 +348,7 @@ def verify(
         InputError: The data cannot be used, or `check_recordable` refuses the record.
         ResourceError: The record cannot be written.
     """
-    check_recordable(bundle, options.record)
+    check_recordable(bundle, options)
     carries = options.record or (options.record is None and may_record(bundle))
     read = read_checkpoint(checkpoint, vision_tower=options.vision_tower)
     model = cut_like(read, Bundle.open(bundle, verify=False).config)
@@ -392,13 +393,18 @@ def _work_folder(out: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def check_recordable(bundle: Path, record: bool | None) -> None:
-    """Raise `InputError` where a record is wanted in a bundle that is part of an installation.
+def check_recordable(bundle: Path, options: VerifyOptions) -> None:
+    """Raise `InputError` where a record is wanted in a bundle that is installed, or signed.
 
     Raises `ResourceError` where one is wanted and the folder cannot be written.
     """
-    if not record:
+    if not options.record:
         return
+    if is_signed(bundle) and not options.signing:
+        raise InputError(
+            f"{bundle} is signed: with a new record in it, its signature would not hold.",
+            "Sign it again with --sign KEY, or give --no-record.",
+        )
     if is_installed(bundle):
         raise InputError(
             f"{bundle} is part of an installation, whose files are not changed.",

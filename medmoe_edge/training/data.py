@@ -149,7 +149,7 @@ KEPT_BYTES = 2 * 10**9  # of decoded images, and of views
 PLAIN = -1
 SLIPS = 0.05  # of the questions have a typing error, where a recipe says phrases
 BATCHES_SORTED = 4
-REWORDED = 0.5  # of the questions of question files, where a recipe says so
+REWORDED = 0.6  # of the questions of question files, where a recipe says so
 
 
 class Pictures:
@@ -318,12 +318,16 @@ def _caption(modality: str, body: str, finding: str) -> str:
 
 
 def vary_question(question: str, order: random.Random, slips: float = 0.0) -> str:
-    """Now and then as people type: without capitals, without the question mark.
+    """Now and then as people type: in small letters or capitals alone, otherwise ended.
 
-    In a share `slips` of the questions one letter is missing, doubled or exchanged with the next.
+    In a share `slips` of the questions one letter is missing, doubled or exchanged with the next,
+    and in as many others all letters are capitals or the end is a space, a full stop or two marks.
     """
-    if order.random() < 0.3:
+    drawn = order.random()
+    if drawn < 0.3:
         question = question.lower()
+    elif drawn > 1 - slips:
+        question = question.upper()
     if slips and order.random() < slips and len(question) > 8:
         at = order.randrange(1, len(question) - 2)
         slip = order.choice(("", question[at] * 2, question[at + 1] + question[at]))
@@ -331,7 +335,11 @@ def vary_question(question: str, order: random.Random, slips: float = 0.0) -> st
             question[:at] + slip + question[at + 1 + (len(slip) == 2 and slip[0] != slip[1]) :]
         )
     shorter = question.rstrip("? ")
-    return shorter if order.random() < 0.3 and shorter else question
+    if not shorter:
+        return question
+    if slips and order.random() < slips:
+        return shorter + order.choice((" ?", "??", ".", " "))
+    return shorter if order.random() < 0.3 else question
 
 
 def tidy_answer(answer: str) -> str:

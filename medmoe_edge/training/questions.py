@@ -4,7 +4,8 @@ A fact is what is known to be present or absent in an image. Each is asked in ma
 (`phrases.json`), as often where the answer is yes as where it is no, for each finding by itself:
 from the words alone the answer cannot be known. Questions that no picture answers, pictures that
 are no scans and languages that the model does not read are answered by refusals, which are tokens.
-The questions of question files are asked in other words too (`rewrites.json`).
+The questions of question files are asked in other words too: by rules, which know most of their
+forms (`rewrites.json`), and one by one as people put them (`paraphrases.json`).
 """
 
 import functools
@@ -21,6 +22,7 @@ from typing import Any
 from medmoe_edge.config import Refusal
 from medmoe_edge.data.captions import NAMES, body_name
 from medmoe_edge.data.datasets import NO_SCAN, Example, Finding, LabelledImage
+from medmoe_edge.evaluation.findings import question_key
 
 NORMAL = "no finding"
 HEALTHY = {NORMAL, "normal", "healthy", "nothing", "none", "unremarkable"}  # as labels say it
@@ -34,6 +36,7 @@ KINDS = {
 WELL = {"normal breast": "lesion", "benign lung tissue": "malignancy"}
 IMPLIED_SHARE = 0.3  # of the images asked about as those without, which are only not labelled
 PLAIN_SHARE, PLAINEST = 0.35, 10  # how often a wording is one of the first, and of how many
+PEOPLE_SHARE = 0.7  # how often a question is put as people did, where both they and a rule know it
 FEWEST, MOST = 24, 160  # images with a finding that an epoch asks about
 Turn = tuple[str, str]
 
@@ -138,18 +141,34 @@ def _rules() -> Sequence[tuple[re.Pattern[str], Sequence[str]]]:
     return [(re.compile(rule["pattern"], re.IGNORECASE), rule["to"]) for rule in rules]
 
 
+@functools.cache
+def paraphrases() -> Mapping[str, Sequence[str]]:
+    """Questions as people put them, by `question_key` of the question."""
+    people: Mapping[str, Sequence[str]] = _packaged("paraphrases.json")
+    return people
+
+
 def _packaged(name: str) -> Any:
     return json.loads(files("medmoe_edge.training").joinpath(name).read_text("utf-8"))
 
 
 def reworded(question: str, order: random.Random) -> str:
-    """The question in other words with the same answer; as it is where no rule knows it."""
+    """The question in other words with the same answer; as it is where nobody knows others."""
+    people = paraphrases().get(question_key(question.strip()), ())
+    ruled = None if people and order.random() < PEOPLE_SHARE else _ruled(question, order)
+    if ruled is not None:
+        return ruled
+    return order.choice(people) if people else question
+
+
+def _ruled(question: str, order: random.Random) -> str | None:
+    """The question as the first rule that knows it has it."""
     bare = question.strip().rstrip("?. ")
     for pattern, wordings in _rules():
         if (match := pattern.fullmatch(bare)) is not None:
             words = " ".join(match.expand(order.choice(list(wordings))).split())
-            return words[:1].upper() + words[1:] + ("?" if order.random() < 0.7 else "")
-    return question
+            return _capital(words) + ("?" if order.random() < 0.7 else "")
+    return None
 
 
 class Asking:

@@ -22,6 +22,7 @@ from medmoe_edge.bundle.trust import SIGNATURE, TRUSTED_KEYS, read_private_key
 from medmoe_edge.embedded import bundle_path
 from medmoe_edge.errors import BundleError, InputError, MissingDependencyError, VerificationError
 from medmoe_edge.evaluation.inspection import inspect_modality
+from medmoe_edge.pipeline import VerifyOptions
 
 PKCS8 = serialization.PrivateFormat.PKCS8
 PEM = serialization.Encoding.PEM
@@ -274,6 +275,9 @@ def test_verify_signs_what_is_recorded(
     measured = ["verify", str(bundle), "--against", checkpoint, "--data", "questions.jsonl"]
     done = run(*measured, "--record")
     assert (done.exit_code, "--no-record" in done.output) == (2, True)
+    options = VerifyOptions(Path(checkpoint), Path("questions.jsonl"), record=True)
+    with pytest.raises(InputError, match="its signature would not hold"):
+        medmoe_edge.verify(bundle, options)
     assert run(*measured, "--json").exit_code in (0, 4)
     assert (bundle / MANIFEST).read_bytes() == before  # a signed bundle is not written to
     done = run(*measured, "--sign", str(keys[0]))

@@ -159,6 +159,13 @@ def test_questions_vary_only_in_case_and_mark() -> None:
     assert {vary_question("??", random.Random(seed)) for seed in range(100)} == {"??"}
 
 
+def test_questions_come_in_capitals_and_with_other_ends_where_slips_are_taught() -> None:
+    asked = [vary_question("Is it CT?", random.Random(seed), slips=0.2) for seed in range(400)]
+    assert {"IS IT CT?", "IS IT CT", "Is it CT??", "Is it CT ?", "Is it CT."} < set(asked)
+    assert 40 < sum(question.isupper() for question in asked) < 120
+    assert all(question.strip(" ?.") for question in asked)
+
+
 def test_the_shipped_recipe_fits_its_preset() -> None:
     recipe = read_recipe("nano")
     preset = PRESETS[recipe.preset or ""]

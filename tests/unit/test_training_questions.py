@@ -10,6 +10,7 @@ import pytest
 
 from medmoe_edge.config import Refusal, RefusalCode
 from medmoe_edge.data.datasets import NO_SCAN, Finding, LabelledImage
+from medmoe_edge.evaluation.findings import question_key
 from medmoe_edge.training.questions import (
     KINDS,
     NORMAL,
@@ -17,6 +18,7 @@ from medmoe_edge.training.questions import (
     Facts,
     facts_of_findings,
     facts_of_labels,
+    paraphrases,
     phrase_book,
     reworded,
 )
@@ -164,6 +166,37 @@ def test_questions_are_put_in_other_words(question: str) -> None:
     wordings = {reworded(question, random.Random(seed)) for seed in range(40)}
     assert len(wordings) >= 3
     assert question not in wordings
+
+
+def test_a_question_is_put_as_people_put_it_and_as_rules_do() -> None:
+    question = "Is there a pleural effusion?"
+    people = set(paraphrases()[question_key(question)])
+    wordings = [reworded(question, random.Random(seed)) for seed in range(200)]
+    shares = sum(wording in people for wording in wordings) / 200
+    assert 0.55 < shares < 0.85
+    assert {*wordings} - people, "no rule put it otherwise"
+    assert wordings == [reworded(f" {question} ", random.Random(seed)) for seed in range(200)]
+
+
+def test_all_that_people_put_is_a_question_of_its_own() -> None:
+    book = paraphrases()
+    assert len(book) > 2000
+    for key, wordings in book.items():
+        assert re.fullmatch("[0-9a-f]{16}", key)
+        assert len({wording.lower() for wording in wordings}) == len(wordings) >= 3, key
+        assert all(2 <= len(wording) <= 200 for wording in wordings), key
+        assert all(wording == " ".join(wording.split()) for wording in wordings), key
+        assert all(question_key(wording) != key for wording in wordings), key
+
+
+def test_no_wording_changes_sides() -> None:
+    """Of what names a side no wording names the other alone."""
+    sides = [re.compile(rf"\b{side}\b", re.IGNORECASE) for side in ("left", "right")]
+    for key, wordings in paraphrases().items():
+        named = [[bool(side.search(text)) for side in sides] for text in wordings]
+        only_left = sum(pair == [True, False] for pair in named)
+        only_right = sum(pair == [False, True] for pair in named)
+        assert not (only_left and only_right), (key, wordings)
 
 
 def test_a_question_that_no_rule_knows_stays() -> None:
