@@ -42,7 +42,7 @@ from medmoe_edge.image.loading import load_image, preprocess
 from medmoe_edge.models.med_moe import EfficientNetLite
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.training.loop import Loader
-from medmoe_edge.training.questions import reworded
+from medmoe_edge.training.questions import reworded, vary_question
 
 logger = logging.getLogger(__name__)
 ROTATION = math.radians(12)
@@ -315,31 +315,6 @@ def captions(labelled: Iterable[LabelledImage], examples: Iterable[Example]) -> 
 def _caption(modality: str, body: str, finding: str) -> str:
     shown = f"{_spoken(modality)} of the {body}" if body else _spoken(modality)
     return f"{shown}: {finding}" if finding else shown
-
-
-def vary_question(question: str, order: random.Random, slips: float = 0.0) -> str:
-    """Now and then as people type: in small letters or capitals alone, otherwise ended.
-
-    In a share `slips` of the questions one letter is missing, doubled or exchanged with the next,
-    and in as many others all letters are capitals or the end is a space, a full stop or two marks.
-    """
-    drawn = order.random()
-    if drawn < 0.3:
-        question = question.lower()
-    elif drawn > 1 - slips:
-        question = question.upper()
-    if slips and order.random() < slips and len(question) > 8:
-        at = order.randrange(1, len(question) - 2)
-        slip = order.choice(("", question[at] * 2, question[at + 1] + question[at]))
-        question = (
-            question[:at] + slip + question[at + 1 + (len(slip) == 2 and slip[0] != slip[1]) :]
-        )
-    shorter = question.rstrip("? ")
-    if not shorter:
-        return question
-    if slips and order.random() < slips:
-        return shorter + order.choice((" ?", "??", ".", " "))
-    return shorter if order.random() < 0.3 else question
 
 
 def tidy_answer(answer: str) -> str:

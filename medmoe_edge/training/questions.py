@@ -171,6 +171,31 @@ def _ruled(question: str, order: random.Random) -> str | None:
     return None
 
 
+def vary_question(question: str, order: random.Random, slips: float = 0.0) -> str:
+    """Now and then as people type: in small letters or capitals alone, otherwise ended.
+
+    In a share `slips` of the questions one letter is missing, doubled or exchanged with the next,
+    and in as many others all letters are capitals or the end is a space, a full stop or two marks.
+    """
+    drawn = order.random()
+    if drawn < 0.3:
+        question = question.lower()
+    elif drawn > 1 - slips:
+        question = question.upper()
+    if slips and order.random() < slips and len(question) > 8:
+        at = order.randrange(1, len(question) - 2)
+        slip = order.choice(("", question[at] * 2, question[at + 1] + question[at]))
+        question = (
+            question[:at] + slip + question[at + 1 + (len(slip) == 2 and slip[0] != slip[1]) :]
+        )
+    shorter = question.rstrip("? ")
+    if not shorter:
+        return question
+    if slips and order.random() < slips:
+        return shorter + order.choice((" ?", "??", ".", " "))
+    return shorter if order.random() < 0.3 else question
+
+
 class Asking:
     """Makes the questions of an epoch about images whose facts are known.
 

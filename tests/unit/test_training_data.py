@@ -34,8 +34,8 @@ from medmoe_edge.training.data import (
     pack,
     same_pictures,
     tidy_answer,
-    vary_question,
 )
+from medmoe_edge.training.questions import vary_question
 from medmoe_edge.training.recipe import (
     DecoderShape,
     Recipe,
