@@ -433,6 +433,15 @@ class Configuration(_Part):
                 )
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _each_has_a_name_of_its_own(self) -> Self:
+        """By which the queue knows a destination, and a person a source."""
+        for names in ([d.name for d in self.destinations], [s.shown for s in self.sources]):
+            for name in names:
+                if names.count(name) > 1:
+                    raise ValueError(f"{without_secrets(name)} is there twice: name it once")
+        return self
+
     @property
     def audit_log(self) -> Path:
         """Where every answer is logged."""
