@@ -269,6 +269,26 @@ def test_a_backup_does_not_hold_up_a_node_that_receives(
     again.close()
 
 
+def test_a_backup_at_work_takes_nothing_of_the_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configuration(tmp_path / "node")
+    folder = Folder(config.folder)
+    queue, link = Queue(folder.queue), os.link
+    folder.keep(folder.image(key_of("a")), bytes(1_000_000))
+    queue.add(key_of("a"), "0" * 64, "peer", ["What is shown?"])
+    found: list[int] = []
+
+    def measured(path: Path, target: Path) -> None:
+        link(path, target)
+        found.append(Folder(config.folder).used())
+
+    monkeypatch.setattr(os, "link", measured)
+    Desk(config.folder).back_up(config.audit_log, tmp_path / "node.tar")
+    queue.close()
+    assert 1_000_000 < found[0] < 2_000_000
+
+
 def test_an_audit_log_from_an_older_backup_is_good_and_says_so(tmp_path: Path) -> None:
     config = configuration(tmp_path / "node")
     Queue(Folder(config.folder).queue).close()

@@ -22,13 +22,12 @@ from typing import Any
 from medmoe_edge.atomic import atomic_file, file_sha256, link
 from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bedside.listen.config import Configuration, without_secrets
-from medmoe_edge.bedside.listen.queue import Folder, Queue
+from medmoe_edge.bedside.listen.queue import STAGING, Folder, Queue
 from medmoe_edge.bedside.listen.schema import UNSENT, explaining
 from medmoe_edge.errors import InputError, MedMoEError, ResourceError
 
 SHORTEST = 4  # letters of a key that are enough
 QUEUE, AUDIT = "queue.sqlite", "audit.jsonl"  # in a backup
-STAGING = (".backup.", ".restore.")  # how their folders begin, while they are at work
 NO_LIMIT = -1  # to SQLite
 PASSES = 2  # without a lock: the second links what came during the first, which may take minutes
 # Of deliveries: what was refused and is wanted still. What another result has taken the place of is
