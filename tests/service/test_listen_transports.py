@@ -1026,6 +1026,20 @@ def test_a_source_that_is_not_there_is_asked_again(
     assert STUDY not in caplog.text
 
 
+def test_a_token_that_is_gone_for_now_does_not_end_a_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = {"url": "http://127.0.0.1:9", "token_file": tmp_path / "token"}
+    with Node(configuration(tmp_path / "node", sources=[source]), StandIn()) as node:
+        number = node.desk.request(STUDY, 0, "")
+        wait_for(lambda: "request 1 failed (its token_file does not exist.)" in caplog.text)
+        assert node.desk.fetched(number) == ("waiting", "")
+        for path in node.folder.requests.iterdir():
+            path.unlink()
+        wait_for(lambda: node.desk.fetched(number)[0] == "failed")
+        assert node.desk.fetched(number)[1] == "its UID is gone: ask again"
+
+
 def test_a_source_that_is_silent_does_not_hold_up_another(tmp_path: Path) -> None:
     body, kind = body_of(saved(tmp_path, study()).read_bytes())
     with (

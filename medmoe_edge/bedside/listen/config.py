@@ -51,7 +51,7 @@ import pydantic
 from medmoe_edge.bedside.listen.header import body_parts
 from medmoe_edge.bedside.serve.settings import is_loopback, no_password
 from medmoe_edge.engine.answer import choices_of, given_choices
-from medmoe_edge.errors import InputError, unreadable
+from medmoe_edge.errors import InputError, ResourceError, unreadable
 
 Document = Literal[
     "picture", "comprehensive-3d-sr", "basic-text-sr", "heat-map", "fhir-r4", "fhir-r5", "hl7-v2"
@@ -275,10 +275,14 @@ class _Web(_Remote):
         return str(self.url)
 
     def headers(self) -> dict[str, str]:
-        """With the token, if there is one."""
+        """With the token, if there is one; raises `ResourceError` where it is not there now."""
         if self.token_file is None:
             return {}
-        return {"Authorization": f"Bearer {self.token_file.read_text('utf-8').strip()}"}
+        try:
+            token = self.token_file.read_text("utf-8").strip()
+        except OSError as error:
+            raise ResourceError(*unreadable("its token_file", error)) from error
+        return {"Authorization": f"Bearer {token}"}
 
 
 class FhirDestination(_Web):
