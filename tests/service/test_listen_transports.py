@@ -289,6 +289,18 @@ def test_only_dicom_in_parts_is_stowed(kind: str) -> None:
         list(multipart(pieces[:-1], headers["Content-Type"], 99))
 
 
+def test_who_breaks_off_while_sending_leaves_a_line_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Node(configuration(tmp_path / "node", http={"port": 0}), StandIn()) as node:
+        with socket.create_connection(("127.0.0.1", node.web_port)) as link:
+            head = "POST /studies HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9999\r\n\r\nPart"
+            link.sendall(head.encode())
+            time.sleep(0.2)
+        wait_for(lambda: "broke off" in caplog.text)
+    assert "Traceback" not in caplog.text
+
+
 def test_others_than_this_machine_need_a_token(tmp_path: Path, authority: Authority) -> None:
     token = tmp_path / "tokens"
     token.write_text("pacs 0123456789abcdef0123\n")

@@ -33,6 +33,7 @@ from medmoe_edge.bedside.listen.desk import Desk, Tidying, remove_leftovers
 from medmoe_edge.bedside.listen.fetching import Fetching
 from medmoe_edge.bedside.listen.queue import Folder, Queue
 from medmoe_edge.bedside.listen.receiving import (
+    BAD_REQUEST,
     Limits,
     Receiving,
     Refused,
@@ -414,6 +415,7 @@ class WebServer:
 
     async def _studies(self, request: "Request") -> "Response":
         """STOW-RS, of few at once, as each is in memory until it is kept."""
+        from starlette.requests import ClientDisconnect
         from starlette.responses import JSONResponse
 
         who = self._who(request)
@@ -433,6 +435,9 @@ class WebServer:
             )
         except TimeoutError:
             return JSONResponse({"error": "It took too long."}, 408)
+        except ClientDisconnect:
+            log.warning("A sender over HTTP broke off: nothing of its request is kept.")
+            return JSONResponse({"error": "It broke off."}, BAD_REQUEST)
         finally:
             self._uploads.release()
         if told is None:
