@@ -25,7 +25,7 @@ from unittest.mock import Mock
 import httpx
 import numpy as np
 import pytest
-from command_line import Run, answer_to
+from command_line import Run, answer_to, raising
 from dicom_files import made
 from listen_process import (
     PEER,
@@ -612,6 +612,25 @@ def test_what_was_refused_and_replaced_is_kept_no_longer(desk: Desk) -> None:
     make(desk, OURS, SECOND, "1.hl7", replaced=[FIRST])
     assert desk.is_finished(FIRST, ())
     assert not desk.is_finished(SECOND, ())  # it is to be sent
+
+
+def test_answers_go_though_the_process_ends_while_their_documents_do(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(desk, OURS, FIRST, "1.hl7")
+    desk.sent(f"{FIRST}/1.hl7", WHERE)
+    folder = desk.folder.documents / FIRST
+    for path in (*folder.iterdir(), folder):
+        os.utime(path, (0, 0))
+    tidying = Tidying(configuration(desk.folder.root, keep_days=30), desk)
+    monkeypatch.setattr(shutil, "rmtree", raising(OSError(errno.EIO, "broken")))
+    with pytest.raises(OSError, match="broken"):
+        tidying.do("old files")
+    assert desk.show(FIRST[:8])["results"][0]["answers"] == []
+    monkeypatch.undo()
+    assert tidying.pending(1)  # not only in an hour
+    tidying.do("old files")
+    assert not folder.exists()
 
 
 def test_a_result_that_was_withdrawn_from_another_series_is_not_sent_again(desk: Desk) -> None:

@@ -402,17 +402,17 @@ class Tidying:
 
     def do(self, _: str) -> None:
         """Remove documents that were sent, and images of what was answered, that are old enough."""
-        self._due = time.monotonic() + TIDY_EVERY
         before = time.time() - self.days * DAY
         for result in filter(Path.is_dir, self.folder.documents.iterdir()):
             newest = max(path.stat().st_mtime for path in (result, *result.iterdir()))
             if newest < before and self.desk.is_finished(result.name, self.committing):
+                self.desk.forget_answers(result.name)  # by its folder, which goes after them
                 shutil.rmtree(result)
-                self.desk.forget_answers(result.name)
         for image in self.folder.images.iterdir():
             is_answered = self.desk.state(image.stem) in ("answered", "aside")
             if image.stat().st_mtime < before and is_answered:
                 image.unlink(missing_ok=True)
+        self._due = time.monotonic() + TIDY_EVERY
 
 
 def _shown(counts: Mapping[str, int]) -> dict[str, int]:
