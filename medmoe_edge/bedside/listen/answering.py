@@ -471,7 +471,7 @@ class Answering:
 
     def _hl7(self, kind: Document, result: Result) -> bytes | None:
         """Nothing where nobody could tell whose it is."""
-        if not result.evidence.values["PatientID"]:
+        if not result.evidence.values["PatientID"].strip():
             log.warning("A result has no Patient ID: nothing of it is sent as FHIR or HL7.")
             self.queue.tally("no_subject")
             return None
