@@ -335,6 +335,19 @@ def test_what_a_killed_backup_left_of_images_goes(tmp_path: Path, by: str) -> No
     assert at_work.exists()
 
 
+def test_uids_of_requests_that_are_closed_go(tmp_path: Path, desk: Desk) -> None:
+    """Left by a node that ended between the two."""
+    for study_uid in ("1.2.3", "1.2.4"):
+        desk.request(study_uid, 0, "")
+    for path in desk.folder.requests.iterdir():
+        os.utime(path, (time.time() - 2 * DAY,) * 2)
+    desk.request("1.2.5", 0, "")
+    for number in (1, 3):
+        desk.close_request(number, "fetched")
+    desk.back_up(tmp_path / "audit.jsonl", tmp_path / "node.tar")
+    assert {path.read_text() for path in desk.folder.requests.iterdir()} == {"1.2.4", "1.2.5"}
+
+
 def test_a_restored_log_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What fails between its entry and its head would leave the head of a log that is removed."""
     config, other = configuration(tmp_path / "node"), configuration(tmp_path / "other")

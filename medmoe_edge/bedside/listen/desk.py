@@ -261,7 +261,7 @@ class Desk(Queue):
         each other: a node that waits for longer refuses what it receives.
         """
         folder = self.folder
-        remove_leftovers(folder)
+        remove_leftovers(folder, self)
         with tempfile.TemporaryDirectory(dir=folder.root, prefix=STAGING[0]) as place:
             staging = Path(place)
             for _ in range(PASSES):
@@ -381,11 +381,21 @@ def restore(backup: Path, folder: Folder, audit: Path) -> int:
     return len(paths)
 
 
-def remove_leftovers(folder: Folder) -> None:
-    """Remove what a backup or a restore that was killed has left of patients' images."""
-    for place in (each for prefix in STAGING for each in folder.root.glob(f"{prefix}*")):
-        if place.stat().st_mtime < time.time() - DAY:  # none takes so long
-            shutil.rmtree(place, ignore_errors=True)
+def remove_leftovers(folder: Folder, queue: Queue) -> None:
+    """Remove what a backup or a restore that was killed has left of patients' images, and what a
+    node has left of the UIDs of studies that nobody waits for any more.
+    """
+    wanted = {each.file for each in queue.requests()}
+    found = [each for prefix in STAGING for each in folder.root.glob(f"{prefix}*")]
+    found += [each for each in folder.requests.iterdir() if each.name not in wanted]
+    for place in found:
+        with contextlib.suppress(FileNotFoundError):  # its owner removes it at this moment
+            if place.stat().st_mtime > time.time() - DAY:  # none takes so long
+                continue
+            if place.is_dir():
+                shutil.rmtree(place, ignore_errors=True)
+            else:
+                place.unlink()
 
 
 class Tidying:

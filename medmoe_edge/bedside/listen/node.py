@@ -181,7 +181,7 @@ class Node:
         if configuration.keep_images:
             needed |= self.queue.images("answered")
         self.folder.sweep(needed)
-        remove_leftovers(self.folder)
+        remove_leftovers(self.folder, self.queue)
         self.answering = Answering(configuration, self.folder, self.queue, engine, locator)
         worker = partial(Worker, first_delay=first_delay)
         self._answerer = worker("Answering", self.answering.pending, self.answering.do)
