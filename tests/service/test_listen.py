@@ -348,6 +348,21 @@ def test_an_object_is_not_blamed_for_a_full_disk(
     queue.close()
 
 
+def test_an_object_is_not_blamed_for_an_audit_log_that_was_changed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = configuration(tmp_path / "node")
+    with Node(config, StandIn(), first_delay=0.01) as node:
+        config.audit_log.write_text("{}\n")
+        assert send(node.port, study()) == [0]
+        wait_for(lambda: "again in" in caplog.text)
+        assert "audit log's last line is not as it was written" in caplog.text
+        assert node.queue.counts()["waiting"] == 1
+        config.audit_log.unlink()
+        wait_for(lambda: node.queue.counts()["answered"] == 1)
+    assert "cannot be read" not in caplog.text
+
+
 def test_an_object_that_ends_the_process_again_and_again_is_given_up(tmp_path: Path) -> None:
     queue_folder = listen_files.Folder(tmp_path / "node")
     queue = Queue(queue_folder.queue)

@@ -90,6 +90,25 @@ def test_what_is_wrong_is_named(tmp_path: Path, run: Run, text: str, what: str) 
     assert what in two_lines(result)[0]
 
 
+@pytest.mark.parametrize(
+    ("kind", "one", "other", "name"),
+    [
+        ("hl7", 'application = "A"', 'application = "B"', "mllp://h:1"),
+        ("sources", 'ae_title = "A"', 'ae_title = "A"', "A"),
+    ],
+)
+def test_what_would_be_one_in_the_queue_is_refused(
+    tmp_path: Path, kind: str, one: str, other: str, name: str
+) -> None:
+    path = tmp_path / "listen.toml"
+    place = f'[[{kind}]]\nhost = "h"\nport = 1\n'
+    path.write_text(f"{GOOD}{place}{one}")
+    load_configuration(path)
+    path.write_text(f"{GOOD}{place}{one}\n{place}{other}")
+    with pytest.raises(InputError, match=f"{name} is there twice"):
+        load_configuration(path)
+
+
 def test_a_configuration_that_is_not_there(run: Run) -> None:
     result = run("listen", "--config", "none.toml")
     assert result.exit_code == 2

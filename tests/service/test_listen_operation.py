@@ -25,7 +25,7 @@ from unittest.mock import Mock
 import httpx
 import numpy as np
 import pytest
-from command_line import Run, answer_to
+from command_line import Run, answer_to, raising
 from dicom_files import made
 from listen_process import (
     PEER,
@@ -269,6 +269,26 @@ def test_a_backup_does_not_hold_up_a_node_that_receives(
     again.close()
 
 
+def test_a_backup_at_work_takes_nothing_of_the_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configuration(tmp_path / "node")
+    folder = Folder(config.folder)
+    queue, link = Queue(folder.queue), os.link
+    folder.keep(folder.image(key_of("a")), bytes(1_000_000))
+    queue.add(key_of("a"), "0" * 64, "peer", ["What is shown?"])
+    found: list[int] = []
+
+    def measured(path: Path, target: Path) -> None:
+        link(path, target)
+        found.append(Folder(config.folder).used())
+
+    monkeypatch.setattr(os, "link", measured)
+    Desk(config.folder).back_up(config.audit_log, tmp_path / "node.tar")
+    queue.close()
+    assert 1_000_000 < found[0] < 2_000_000
+
+
 def test_an_audit_log_from_an_older_backup_is_good_and_says_so(tmp_path: Path) -> None:
     config = configuration(tmp_path / "node")
     Queue(Folder(config.folder).queue).close()
@@ -313,6 +333,19 @@ def test_what_a_killed_backup_left_of_images_goes(tmp_path: Path, by: str) -> No
         Desk(config.folder).back_up(config.audit_log, tmp_path / "node.tar")
     assert not left.exists()
     assert at_work.exists()
+
+
+def test_uids_of_requests_that_are_closed_go(tmp_path: Path, desk: Desk) -> None:
+    """Left by a node that ended between the two."""
+    for study_uid in ("1.2.3", "1.2.4"):
+        desk.request(study_uid, 0, "")
+    for path in desk.folder.requests.iterdir():
+        os.utime(path, (time.time() - 2 * DAY,) * 2)
+    desk.request("1.2.5", 0, "")
+    for number in (1, 3):
+        desk.close_request(number, "fetched")
+    desk.back_up(tmp_path / "audit.jsonl", tmp_path / "node.tar")
+    assert {path.read_text() for path in desk.folder.requests.iterdir()} == {"1.2.4", "1.2.5"}
 
 
 def test_a_restored_log_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -592,6 +625,25 @@ def test_what_was_refused_and_replaced_is_kept_no_longer(desk: Desk) -> None:
     make(desk, OURS, SECOND, "1.hl7", replaced=[FIRST])
     assert desk.is_finished(FIRST, ())
     assert not desk.is_finished(SECOND, ())  # it is to be sent
+
+
+def test_answers_go_though_the_process_ends_while_their_documents_do(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(desk, OURS, FIRST, "1.hl7")
+    desk.sent(f"{FIRST}/1.hl7", WHERE)
+    folder = desk.folder.documents / FIRST
+    for path in (*folder.iterdir(), folder):
+        os.utime(path, (0, 0))
+    tidying = Tidying(configuration(desk.folder.root, keep_days=30), desk)
+    monkeypatch.setattr(shutil, "rmtree", raising(OSError(errno.EIO, "broken")))
+    with pytest.raises(OSError, match="broken"):
+        tidying.do("old files")
+    assert desk.show(FIRST[:8])["results"][0]["answers"] == []
+    monkeypatch.undo()
+    assert tidying.pending(1)  # not only in an hour
+    tidying.do("old files")
+    assert not folder.exists()
 
 
 def test_a_result_that_was_withdrawn_from_another_series_is_not_sent_again(desk: Desk) -> None:

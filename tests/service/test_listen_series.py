@@ -854,6 +854,22 @@ def test_fhir_names_patient_order_and_time(
     assert "no Patient ID: nothing of it is sent" in caplog.text
 
 
+def test_what_fhir_does_not_know_keeps_no_result_back(tmp_path: Path) -> None:
+    blank = "\xa0"
+    odd = {"AccessionNumber": blank, "IssuerOfPatientID": blank}
+    late = "20240507101112+1500"
+    with Node(configuration(tmp_path / "node", documents=["fhir-r4"]), StandIn()) as node:
+        objects = study(1, AcquisitionDateTime=late, **odd), study(2, PatientID=blank)
+        assert send(node.port, *objects) == [0, 0]
+        answered(node, 2)
+        (path,) = node.folder.documents.glob("*/*.json")
+        assert node.queue.asides()["no_subject"] == 1
+    _, observation, report = (entry["resource"] for entry in json.loads(path.read_bytes())["entry"])
+    assert observation["effectiveDateTime"] == "2024-05-07"
+    assert "basedOn" not in report
+    assert "assigner" not in report["subject"]["identifier"]
+
+
 def test_one_association_for_a_batch(tmp_path: Path) -> None:
     associations: list[Event] = []
     with Archive() as archive:

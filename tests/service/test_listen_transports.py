@@ -289,6 +289,18 @@ def test_only_dicom_in_parts_is_stowed(kind: str) -> None:
         list(multipart(pieces[:-1], headers["Content-Type"], 99))
 
 
+def test_who_breaks_off_while_sending_leaves_a_line_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Node(configuration(tmp_path / "node", http={"port": 0}), StandIn()) as node:
+        with socket.create_connection(("127.0.0.1", node.web_port)) as link:
+            head = "POST /studies HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9999\r\n\r\nPart"
+            link.sendall(head.encode())
+            time.sleep(0.2)
+        wait_for(lambda: "broke off" in caplog.text)
+    assert "Traceback" not in caplog.text
+
+
 def test_others_than_this_machine_need_a_token(tmp_path: Path, authority: Authority) -> None:
     token = tmp_path / "tokens"
     token.write_text("pacs 0123456789abcdef0123\n")
@@ -1024,6 +1036,20 @@ def test_a_source_that_is_not_there_is_asked_again(
         desk.close()
         assert len(list(node.folder.requests.iterdir())) == 1
     assert STUDY not in caplog.text
+
+
+def test_a_token_that_is_gone_for_now_does_not_end_a_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = {"url": "http://127.0.0.1:9", "token_file": tmp_path / "token"}
+    with Node(configuration(tmp_path / "node", sources=[source]), StandIn()) as node:
+        number = node.desk.request(STUDY, 0, "")
+        wait_for(lambda: "request 1 failed (its token_file does not exist.)" in caplog.text)
+        assert node.desk.fetched(number) == ("waiting", "")
+        for path in node.folder.requests.iterdir():
+            path.unlink()
+        wait_for(lambda: node.desk.fetched(number)[0] == "failed")
+        assert node.desk.fetched(number)[1] == "its UID is gone: ask again"
 
 
 def test_a_source_that_is_silent_does_not_hold_up_another(tmp_path: Path) -> None:

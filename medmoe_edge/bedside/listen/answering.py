@@ -50,7 +50,7 @@ from medmoe_edge.bedside.listen.selection import (
 )
 from medmoe_edge.contrastive.heatmap import NO_MAP, rests_on_picture
 from medmoe_edge.engine.answer import Answer, Choices
-from medmoe_edge.errors import ImageError, InputError, MedMoEError, Notice
+from medmoe_edge.errors import ImageError, InputError, MedMoEError, Notice, ResourceError
 from medmoe_edge.image.loading import decoding
 from medmoe_edge.image.pixels import Image, Pixels, black_picture
 
@@ -224,8 +224,7 @@ class Answering:
             names = [*self._withdraw(result, replaced, ours, successors), *names, *written]
         answers = {each.answer.question: json.dumps(each.answer.to_json()) for each in results}
         sources = list(dict.fromkeys(each.evidence.key for each in asked))
-        deliveries = self._deliveries(names)
-        self.queue.answered(job, result, sources, answers, deliveries, replaced)
+        self.queue.answered(job, result, sources, answers, self._deliveries(names), replaced)
         self._let_go(job.key)
 
     def _tells(self, result: str, selection: Selection) -> bool:
@@ -269,15 +268,18 @@ class Answering:
 
     def _keep(self, asking: Asking, slice_: Slice, result: str) -> None:
         """Audit the answers, and write the picture."""
-        for answer in asking.answers:
-            self.audit.append(
-                who=f"dicom:{slice_.peer}",
-                event="answer",
-                model=answer.model,
-                question=answer.question,
-                answer=answer.logged,
-                input_sha256=slice_.sha256,
-            )
+        try:
+            for answer in asking.answers:
+                self.audit.append(
+                    who=f"dicom:{slice_.peer}",
+                    event="answer",
+                    model=answer.model,
+                    question=answer.question,
+                    answer=answer.logged,
+                    input_sha256=slice_.sha256,
+                )
+        except InputError as error:  # the log was changed, which is no fault of the object's
+            raise ResourceError(error.what, error.remedy) from error
         if asking.picture is not None:
             path = self.folder.documents / result / asking.picture_name
             self.folder.keep(path, encoded(asking.picture))
@@ -333,6 +335,7 @@ class Answering:
             best, answer, agreed = voted(answers)
             finding = self.configuration.finding(answer.question)
             pictures = [each for each in asked if each.evidence.place in answers]
+            evidence = next(each.evidence for each in pictures if each.evidence.place == best)
             sources = together(each.evidence for each in pictures)
             is_whole = len(sources) == selection.of and all(each.is_whole for each in sources)
             answer = replace(answer, warnings=(*answer.warnings, *selection.notices))
@@ -342,9 +345,7 @@ class Answering:
                 codes = coded(finding, answer, certainty, agreed=agreed, is_whole=is_whole)
             found.append(
                 Result(
-                    evidence=next(
-                        each.evidence for each in pictures if each.evidence.place == best
-                    ),
+                    evidence=evidence,
                     answer=answer,
                     when=when,
                     pictures=tuple(each.picture for each in pictures if each.picture is not None),
@@ -449,8 +450,7 @@ class Answering:
             name = f"{question}.{kind}.{ending}"
             number = self.queue.instance_number(result.series_uid(kind), f"{key}/{name}")
             earlier = self._earlier(name, ours) if ending == "dcm" else ()
-            standing = Standing(number, tuple(earlier))
-            data = self._made(kind, result, standing)
+            data = self._made(kind, result, Standing(number, tuple(earlier)))
             if data is None:
                 continue
             self.folder.keep(self.folder.documents / key / name, data)
@@ -471,7 +471,7 @@ class Answering:
 
     def _hl7(self, kind: Document, result: Result) -> bytes | None:
         """Nothing where nobody could tell whose it is."""
-        if not result.evidence.values["PatientID"]:
+        if not result.evidence.values["PatientID"].strip():
             log.warning("A result has no Patient ID: nothing of it is sent as FHIR or HL7.")
             self.queue.tally("no_subject")
             return None

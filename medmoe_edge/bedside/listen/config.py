@@ -51,7 +51,7 @@ import pydantic
 from medmoe_edge.bedside.listen.header import body_parts
 from medmoe_edge.bedside.serve.settings import is_loopback, no_password
 from medmoe_edge.engine.answer import choices_of, given_choices
-from medmoe_edge.errors import InputError, unreadable
+from medmoe_edge.errors import InputError, ResourceError, unreadable
 
 Document = Literal[
     "picture", "comprehensive-3d-sr", "basic-text-sr", "heat-map", "fhir-r4", "fhir-r5", "hl7-v2"
@@ -275,10 +275,14 @@ class _Web(_Remote):
         return str(self.url)
 
     def headers(self) -> dict[str, str]:
-        """With the token, if there is one."""
+        """With the token, if there is one; raises `ResourceError` where it is not there now."""
         if self.token_file is None:
             return {}
-        return {"Authorization": f"Bearer {self.token_file.read_text('utf-8').strip()}"}
+        try:
+            token = self.token_file.read_text("utf-8").strip()
+        except OSError as error:
+            raise ResourceError(*unreadable("its token_file", error)) from error
+        return {"Authorization": f"Bearer {token}"}
 
 
 class FhirDestination(_Web):
@@ -431,6 +435,15 @@ class Configuration(_Part):
                     f"{node.ae_title} is asked for storage commitment, and its answer is an "
                     "association of its own: name it under peers too"
                 )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _each_has_a_name_of_its_own(self) -> Self:
+        """By which the queue knows a destination, and a person a source."""
+        for names in ([d.name for d in self.destinations], [s.shown for s in self.sources]):
+            for name in names:
+                if names.count(name) > 1:
+                    raise ValueError(f"{without_secrets(name)} is there twice: name it once")
         return self
 
     @property

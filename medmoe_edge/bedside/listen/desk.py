@@ -22,13 +22,12 @@ from typing import Any
 from medmoe_edge.atomic import atomic_file, file_sha256, link
 from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bedside.listen.config import Configuration, without_secrets
-from medmoe_edge.bedside.listen.queue import Folder, Queue
+from medmoe_edge.bedside.listen.queue import STAGING, Folder, Queue
 from medmoe_edge.bedside.listen.schema import UNSENT, explaining
 from medmoe_edge.errors import InputError, MedMoEError, ResourceError
 
 SHORTEST = 4  # letters of a key that are enough
 QUEUE, AUDIT = "queue.sqlite", "audit.jsonl"  # in a backup
-STAGING = (".backup.", ".restore.")  # how their folders begin, while they are at work
 NO_LIMIT = -1  # to SQLite
 PASSES = 2  # without a lock: the second links what came during the first, which may take minutes
 # Of deliveries: what was refused and is wanted still. What another result has taken the place of is
@@ -262,7 +261,7 @@ class Desk(Queue):
         each other: a node that waits for longer refuses what it receives.
         """
         folder = self.folder
-        remove_leftovers(folder)
+        remove_leftovers(folder, self)
         with tempfile.TemporaryDirectory(dir=folder.root, prefix=STAGING[0]) as place:
             staging = Path(place)
             for _ in range(PASSES):
@@ -382,11 +381,21 @@ def restore(backup: Path, folder: Folder, audit: Path) -> int:
     return len(paths)
 
 
-def remove_leftovers(folder: Folder) -> None:
-    """Remove what a backup or a restore that was killed has left of patients' images."""
-    for place in (each for prefix in STAGING for each in folder.root.glob(f"{prefix}*")):
-        if place.stat().st_mtime < time.time() - DAY:  # none takes so long
-            shutil.rmtree(place, ignore_errors=True)
+def remove_leftovers(folder: Folder, queue: Queue) -> None:
+    """Remove what a backup or a restore that was killed has left of patients' images, and what a
+    node has left of the UIDs of studies that nobody waits for any more.
+    """
+    wanted = {each.file for each in queue.requests()}
+    found = [each for prefix in STAGING for each in folder.root.glob(f"{prefix}*")]
+    found += [each for each in folder.requests.iterdir() if each.name not in wanted]
+    for place in found:
+        with contextlib.suppress(FileNotFoundError):  # its owner removes it at this moment
+            if place.stat().st_mtime > time.time() - DAY:  # none takes so long
+                continue
+            if place.is_dir():
+                shutil.rmtree(place, ignore_errors=True)
+            else:
+                place.unlink()
 
 
 class Tidying:
@@ -403,17 +412,17 @@ class Tidying:
 
     def do(self, _: str) -> None:
         """Remove documents that were sent, and images of what was answered, that are old enough."""
-        self._due = time.monotonic() + TIDY_EVERY
         before = time.time() - self.days * DAY
         for result in filter(Path.is_dir, self.folder.documents.iterdir()):
             newest = max(path.stat().st_mtime for path in (result, *result.iterdir()))
             if newest < before and self.desk.is_finished(result.name, self.committing):
+                self.desk.forget_answers(result.name)  # by its folder, which goes after them
                 shutil.rmtree(result)
-                self.desk.forget_answers(result.name)
         for image in self.folder.images.iterdir():
             is_answered = self.desk.state(image.stem) in ("answered", "aside")
             if image.stat().st_mtime < before and is_answered:
                 image.unlink(missing_ok=True)
+        self._due = time.monotonic() + TIDY_EVERY
 
 
 def _shown(counts: Mapping[str, int]) -> dict[str, int]:

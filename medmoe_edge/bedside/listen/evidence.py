@@ -45,6 +45,7 @@ MARK = bytes.fromhex("6e7f2a53")  # the first bytes of them all
 MAKER = "medmoe-edge"
 CHARACTERS = "ISO_IR 192"  # UTF-8, PS3.3 C.12.1.1.2
 DATE = re.compile(r"\d{8}")
+OFFSET = re.compile(r"Z|[+-](0\d|1[0-3]):?[0-5]\d|[+-]14:?00")  # those that FHIR knows
 ISSUER = "IssuerOfPatientIDQualifiersSequence"
 
 
@@ -157,7 +158,7 @@ def taken_at(dataset: Dataset) -> str:
     except ValueError:
         return ""
     try:
-        offset = datetime.datetime.strptime(zone, "%z").tzinfo
+        offset = datetime.datetime.strptime(zone if OFFSET.fullmatch(zone) else "", "%z").tzinfo
         time_of_day = datetime.datetime.strptime(moment[8:14], "%H%M%S").time()
     except ValueError:
         return day.isoformat()

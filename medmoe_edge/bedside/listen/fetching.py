@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from urllib.parse import quote, urlencode
 
 from pydicom import Dataset
@@ -111,7 +112,7 @@ class Fetching:
         request = self._requests[name]
         path = self.folder.requests / request.file
         try:
-            state, why = self._fetch(request, path.read_text("ascii"))
+            state, why = self._fetch(request, _uid_in(path))
         except ResourceError as error:
             is_last, is_refused = self._is_last(request), isinstance(error, RefusedForGood)
             self._failures[request.number] += is_refused or request.number in self._got
@@ -120,8 +121,6 @@ class Fetching:
             state, why = "failed", f"{error.what}, {MOST_FAILURES} times"
         except MedMoEError as error:
             state, why = "failed", error.what
-        except FileNotFoundError:
-            state, why = "failed", "its UID is gone: ask again"
         if why and self.receiving.ending:
             raise ResourceError("the node ends meanwhile", "It is fetched after the next start.")
         self.queue.close_request(request.number, state, why)
@@ -175,6 +174,14 @@ class Fetching:
             if isinstance(error, ResourceError) and not self._is_last(request):
                 raise
             lacking.append(error.what)
+
+
+def _uid_in(path: Path) -> str:
+    """The UID of the study that a request is for; raises `InputError` where it is gone."""
+    try:
+        return path.read_text("ascii")
+    except FileNotFoundError as error:
+        raise InputError("its UID is gone: ask again", "Ask again.") from error
 
 
 def _priors(count: int, study: Found, finder: "Finder") -> list[str]:

@@ -171,7 +171,7 @@ def notices_of(dataset: Dataset) -> tuple[Notice, ...]:
         if text.value and not is_allowed(keyword, text.value)
     ]
     found = []
-    if not texts["PatientID"].value:
+    if not texts["PatientID"].value.strip():
         what = "The object has no Patient ID, and so its results have none."
         found.append(Notice("no_patient_id", what))
     if odd:
@@ -257,7 +257,7 @@ def issuer_of(dataset: Dataset) -> Dataset | None:
 
 def patient_of(values: Mapping[str, str]) -> tuple[str, ...]:
     """Who an object is about, to be compared: by number, or without one by name and birth."""
-    if values["PatientID"]:
+    if values["PatientID"].strip():
         issuer, universal = values["IssuerOfPatientID"], values[UNIVERSAL_ISSUER]
         return (issuer, values["PatientID"], *([universal] if universal else []))
     return "", "", _plain_name(values["PatientName"]), values["PatientBirthDate"]

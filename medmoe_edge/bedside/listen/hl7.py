@@ -216,7 +216,7 @@ def _subject(result: Result, systems: Identifiers) -> Resource:
     identifier: Resource = {"value": values["PatientID"]}
     if systems.patient:
         identifier["system"] = systems.patient
-    if issuer := values["IssuerOfPatientID"] or values[UNIVERSAL_ISSUER]:
+    if issuer := values["IssuerOfPatientID"].strip() or values[UNIVERSAL_ISSUER].strip():
         identifier["assigner"] = {"display": issuer}
     return {"subject": {"type": "Patient", "identifier": identifier}}
 
@@ -232,7 +232,7 @@ def _order(result: Result, systems: Identifiers) -> Resource:
 
 def _accession(result: Result, systems: Identifiers) -> list[Resource]:
     number = result.evidence.values["AccessionNumber"]
-    if not number:
+    if not number.strip():
         return []
     identifier: Resource = {"type": {"coding": [ACCESSION]}, "value": number}
     return [identifier | ({"system": systems.accession} if systems.accession else {})]

@@ -33,6 +33,7 @@ from medmoe_edge.bedside.listen.desk import Desk, Tidying, remove_leftovers
 from medmoe_edge.bedside.listen.fetching import Fetching
 from medmoe_edge.bedside.listen.queue import Folder, Queue
 from medmoe_edge.bedside.listen.receiving import (
+    BAD_REQUEST,
     Limits,
     Receiving,
     Refused,
@@ -180,7 +181,7 @@ class Node:
         if configuration.keep_images:
             needed |= self.queue.images("answered")
         self.folder.sweep(needed)
-        remove_leftovers(self.folder)
+        remove_leftovers(self.folder, self.queue)
         self.answering = Answering(configuration, self.folder, self.queue, engine, locator)
         worker = partial(Worker, first_delay=first_delay)
         self._answerer = worker("Answering", self.answering.pending, self.answering.do)
@@ -414,6 +415,7 @@ class WebServer:
 
     async def _studies(self, request: "Request") -> "Response":
         """STOW-RS, of few at once, as each is in memory until it is kept."""
+        from starlette.requests import ClientDisconnect
         from starlette.responses import JSONResponse
 
         who = self._who(request)
@@ -433,6 +435,9 @@ class WebServer:
             )
         except TimeoutError:
             return JSONResponse({"error": "It took too long."}, 408)
+        except ClientDisconnect:
+            log.warning("A sender over HTTP broke off: nothing of its request is kept.")
+            return JSONResponse({"error": "It broke off."}, BAD_REQUEST)
         finally:
             self._uploads.release()
         if told is None:

@@ -57,6 +57,7 @@ from medmoe_edge.image.worker import Bounds, read_apart
 
 RECOUNT = 30.0  # seconds
 BOUNDS = Bounds(seconds=30.0)  # of one picture: nobody waits at a screen
+STAGING = (".backup.", ".restore.")  # how folders of links begin, while those are at work
 
 
 class Folder:
@@ -98,8 +99,11 @@ class Folder:
         """Bytes that images, documents and the queue take; counted anew once in a while."""
         now = time.monotonic()
         if now >= self._counted + RECOUNT:
-            walk = os.walk(self.root)  # rglob would raise where a folder goes meanwhile
-            self._used = sum(size_of(Path(at, name)) for at, _, names in walk for name in names)
+            used, skipped = 0, tuple(str(self.root / name) for name in STAGING)
+            for at, _, names in os.walk(self.root):  # rglob raises where a folder goes meanwhile
+                if not at.startswith(skipped):
+                    used += sum(size_of(Path(at, name)) for name in names)
+            self._used = used
             self._counted = now
         return self._used
 
