@@ -22,7 +22,7 @@ from medmoe_edge.config import (
     VisionConfig,
     unknown_key,
 )
-from medmoe_edge.errors import CheckpointError, ConfigError, Notice
+from medmoe_edge.errors import CheckpointError, ConfigError
 
 Json = Mapping[str, Any]
 
@@ -40,7 +40,7 @@ CLIP_L_14_336 = VisionConfig(
     intermediate_size=4096,
     patch_size=14,
 )
-CLIP_HEAD_SIZE = 64  # of every published CLIP tower
+CLIP_HEAD_SIZE, CLIP_FEATURES = 64, 1024  # of OpenAI's towers all, and of the widest
 
 SIGLIP_MEAN = SIGLIP_STD = (127.5, 127.5, 127.5)
 SIGLIP_SO400M_14_384 = VisionConfig(
@@ -109,7 +109,7 @@ def _transformer(
         rows, size = shapes[CLIP_PREFIX + "embeddings.position_embedding.weight"]
         patch = shapes[CLIP_PREFIX + "embeddings.patch_embedding.weight"][-1]
         intermediate, _ = shapes[CLIP_PREFIX + "encoder.layers.0.mlp.fc1.weight"]
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, IndexError) as error:
         raise CheckpointError(
             f"The tensors under {TOWER_PREFIX} are not a CLIP or SigLIP vision transformer.",
             "Give one with --vision-tower, or describe the tower in config.json's medmoe_edge.",
@@ -119,17 +119,15 @@ def _transformer(
     tower_keys = [key for key in shapes if key.startswith(CLIP_PREFIX)]
     stored = sum(key.endswith(".layer_norm1.weight") for key in tower_keys)
     described = (tower or {}).get("vision_config", tower) or {}
-    heads = described.get("num_attention_heads", max(1, size // CLIP_HEAD_SIZE))
     feature = data.get("mm_vision_select_feature", "patch")
-    if not clip:
-        heads = described.get("num_attention_heads", SIGLIP_HEADS.get(size))
-        if heads is None or not pad_to_square:
-            raise ConfigError(
-                f"The SigLIP tower of {size} features has an unknown number of heads, or images "
-                "are not padded (image_aspect_ratio), which SigLIP's own processor would distort.",
-                "Give the tower's folder with --vision-tower, and use image_aspect_ratio 'pad'.",
-            )
-    else:
+    heads = described.get("num_attention_heads", _heads(data, size, clip))
+    if heads is None or not (clip or pad_to_square):
+        raise ConfigError(
+            f"The {'CLIP' if clip else 'SigLIP'} tower of {size} features has an unknown number of "
+            "heads, or is SigLIP and images are not padded, which its own processor would distort.",
+            "Give the tower's folder with --vision-tower; for SigLIP set image_aspect_ratio 'pad'.",
+        )
+    if clip:
         _check_fixed(data, {"mm_vision_select_feature": ("patch",)})
     if described.get("hidden_act", activation) != activation:
         raise ConfigError(
@@ -154,6 +152,14 @@ def _transformer(
         },
         "vision tower",
     )
+
+
+def _heads(data: Json, size: int, clip: bool) -> int | None:
+    """Of a tower that nothing describes: OpenAI's or SigLIP's, but not LAION's nor a wider CLIP."""
+    named = str(data.get("mm_image_tower") or data.get("mm_vision_tower")).lower()
+    if clip and ("laion" in named or size > CLIP_FEATURES):
+        return None
+    return max(1, size // CLIP_HEAD_SIZE) if clip else SIGLIP_HEADS.get(size)
 
 
 def _image_size(grid: int, patch: int, described: Json) -> Any:
@@ -470,25 +476,6 @@ def _positions(data: Json, kind: Kind) -> Any:
     trained = data.get("seq_length", positions)
     whole = isinstance(positions, int) and isinstance(trained, int)
     return min(positions, trained) if whole else positions
-
-
-def dropped_tokens(data: Json, config: ModelConfig) -> Notice | None:
-    """What to say of a checkpoint of MoE-LLaVA whose own code drops tokens, None where it does not.
-
-    Its gate, DeepSpeed's, gives each expert room for `tokens x k x eval_capacity_factor / experts`
-    in inference too, and what finds none skips the experts. Med-MoE's own gate has no such bound.
-    """
-    moe, block = config.moe, data.get("moe")
-    if moe is None or moe.meta_expert or not isinstance(block, Mapping):
-        return None
-    factor = block.get("eval_capacity_factor")
-    if not isinstance(factor, int | float) or factor * moe.top_k >= moe.num_experts:
-        return None
-    return Notice(
-        "tokens_dropped_elsewhere",
-        f"config.json has moe.eval_capacity_factor = {factor}: MoE-LLaVA's own code would drop "
-        "tokens whose expert is full. Here none is dropped, so answers may differ from it.",
-    )
 
 
 def _moe(

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from medmoe_edge.checkpoint.config import dropped_tokens, model_config
+from medmoe_edge.checkpoint.config import model_config
 from medmoe_edge.checkpoint.keys import (
     CLIP_PREFIX,
     FUSED,
@@ -219,7 +219,7 @@ def read_checkpoint(folder: Path, *, vision_tower: Path | None = None) -> Checkp
         "The checkpoint's folder holds a LoRA adapter beside the weights: it is not applied.",
     )
     told = (
-        dropped_tokens(data, config),
+        _dropped_tokens(data, config),
         adapter if has_adapter(folder) else None,
         _not_generated(generation_data),
     )
@@ -381,6 +381,25 @@ def _with_generation(data: dict[str, Any], generation: Mapping[str, Any]) -> dic
             "Set both to the tokenizer's end-of-text token.",
         )
     return {**data, "eos_token_id": own + [end for end in ends if end not in own]}
+
+
+def _dropped_tokens(data: Mapping[str, Any], config: ModelConfig) -> Notice | None:
+    """What to say of a checkpoint of MoE-LLaVA whose own code drops tokens, None where it does not.
+
+    Its gate, DeepSpeed's, gives each expert room for `tokens x k x eval_capacity_factor / experts`
+    in inference too, and what finds none skips the experts. Med-MoE's own gate has no such bound.
+    """
+    moe, block = config.moe, data.get("moe")
+    if moe is None or moe.meta_expert or not isinstance(block, Mapping):
+        return None
+    factor = block.get("eval_capacity_factor")
+    if not isinstance(factor, int | float) or factor * moe.top_k >= moe.num_experts:
+        return None
+    return Notice(
+        "tokens_dropped_elsewhere",
+        f"config.json has moe.eval_capacity_factor = {factor}: MoE-LLaVA's own code would drop "
+        "tokens whose expert is full. Here none is dropped, so answers may differ from it.",
+    )
 
 
 # What in a generation_config.json makes transformers choose other tokens, with other values.

@@ -504,6 +504,27 @@ def test_a_published_tower_has_as_many_layers_as_it_was_published_with() -> None
     assert model_config(data, shorter).vision.layers == 24, "and its tensors will be missed"
 
 
+@pytest.mark.parametrize(
+    ("size", "name"), [(1280, None), (1024, "laion/CLIP-ViT-L-14-laion2B-s32B-b82K")]
+)
+def test_the_heads_of_a_tower_that_is_not_openais_are_not_guessed(
+    size: int, name: str | None
+) -> None:
+    """LAION's ViT-H has 16 heads of 80 channels, and its ViT-L another activation."""
+    standard = dataclasses.replace(PRESETS["med-moe-phi2-2.7b"], moe=None)
+    vision = dataclasses.replace(standard.vision, feature_size=size, heads=16)
+    config = dataclasses.replace(standard, vision=vision)
+    data = official_config(standard, "bfloat16") | {"mm_hidden_size": size, "mm_image_tower": name}
+    named = {official_name(name, config): s for name, s in expected_parameters(config).items()}
+    with pytest.raises(ConfigError, match="unknown number of heads") as caught:
+        model_config(data, named)
+    assert "--vision-tower" in caught.value.remedy
+    described = {"num_attention_heads": 16, "num_hidden_layers": 24, "hidden_act": "quick_gelu"}
+    assert model_config(data, named, described).vision.heads == 16
+    with pytest.raises(ConfigError, match="'gelu'"):
+        model_config(data, named, {**described, "hidden_act": "gelu"})
+
+
 @pytest.mark.parametrize("stored", ["meta_moe", "mlp", "both"])
 def test_the_residual_branch_and_the_meta_expert_are_one(tmp_path: Path, stored: str) -> None:
     config = with_moe(TINY["stablelm"], use_residual=True)
