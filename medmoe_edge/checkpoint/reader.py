@@ -44,6 +44,7 @@ from medmoe_edge.checkpoint.tensors import (
     Hashes,
     StoredTensor,
     check_file,
+    check_filled,
     check_none_missing,
     files_sha256,
     has_adapter,
@@ -120,6 +121,8 @@ class Checkpoint:
         if is_router(name) and self.shared_router:
             return self._shared_router[name.rsplit(".", 1)[1]]
         tensor = self.names[name].read()
+        if not is_router(name):
+            check_filled(name, tensor)
         if name in self.twins and not torch.equal(tensor, self.twins[name].read()):
             raise CheckpointError(
                 f"{name} and {self.twins[name].key} differ, but are one module.",

@@ -799,6 +799,39 @@ def test_a_truncated_shard_is_named(folder: Path, keep: int) -> None:
         read_checkpoint(folder)
 
 
+def test_a_file_that_was_never_filled_is_refused(folder: Path) -> None:
+    """Its header and its size are right: room was made for all of it, and then the copy ended."""
+    key = "model.layers.2.self_attn.v_proj.weight"
+    with edit_tensors(folder) as tensors:
+        tensors["model.layers.1.self_attn.o_proj.weight"].zero_()  # a layer that adds nothing
+        tensors[key][1:] = 0
+    assert len(list(read_checkpoint(folder))) > 100
+    with edit_tensors(folder) as tensors:
+        tensors[key].zero_()
+    with pytest.raises(CheckpointError, match=r"attention\.v\.weight is all zeros"):
+        list(read_checkpoint(folder))
+
+
+def test_a_download_that_aria2_did_not_end_is_refused(folder: Path) -> None:
+    """It makes room first, and its segments leave holes anywhere."""
+    (shard,) = folder.glob("*.safetensors")
+    control = shard.with_name(f"{shard.name}.aria2")
+    control.touch()
+    with pytest.raises(CheckpointError, match="not downloaded whole"):
+        read_checkpoint(folder)
+    control.unlink()
+    read_checkpoint(folder)
+
+
+def test_what_zero_3_did_not_gather_is_refused(folder: Path) -> None:
+    with edit_tensors(folder) as tensors:
+        for key in tensors:
+            tensors[key] = torch.empty(0)
+    with pytest.raises(CheckpointError, match="is empty") as caught:
+        read_checkpoint(folder)
+    assert "zero_to_fp32.py" in caught.value.remedy
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "\udcff", "[" * 100_000])
 def test_broken_json_is_refused(folder: Path, text: str) -> None:
     (folder / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
