@@ -86,7 +86,16 @@ def vision_config(
         )
     if "vision" in own:
         vision = VisionConfig.from_json(own["vision"], "config.json medmoe_edge.vision")
-        _check_fixed(data, {"mm_vision_select_feature": (vision.select_feature,)})
+        told = {
+            "image_aspect_ratio": "pad" if vision.pad_to_square else "square",
+            "mm_vision_select_feature": vision.select_feature,
+            "mm_vision_select_layer": vision.select_layer,
+        }
+        if other := {key: data[key] for key in told if data.get(key, told[key]) != told[key]}:
+            raise ConfigError(
+                f"config.json has {other}, and its medmoe_edge.vision says otherwise.",
+                "They say the same: change both.",
+            )
     else:
         vision = _transformer(data, shapes, tower, aspect == "pad")
     sizes = (vision.image_size, vision.patch_size, vision.feature_size)
@@ -179,11 +188,12 @@ _MODEL_TYPES: dict[str, tuple[Kind, bool, str]] = {
     "llava_qwen": ("qwen", False, "LlavaQWenForCausalLM"),
 }
 _SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+_ROPE = ("rope_parameters.partial_rotary_factor", "rope_parameters.rope_theta")  # transformers 5
 # What is read under more than one name: ours is the first of them that the file has.
 _NAMES: dict[str, tuple[str, ...]] = {
     "num_attention_heads": ("num_attention_heads", "num_heads"),  # StableLM's early code
-    "rotary_fraction": ("partial_rotary_factor", "rope_pct", "rotary_pct"),
-    "rope_theta": ("rope_theta", "rotary_emb_base"),
+    "rotary_fraction": (*("partial_rotary_factor", "rope_pct", "rotary_pct"), _ROPE[0]),
+    "rope_theta": ("rope_theta", "rotary_emb_base", _ROPE[1]),
     "norm_eps": ("layer_norm_eps", "norm_eps", "layer_norm_epsilon", "rms_norm_eps"),
 }
 _READ = {
@@ -413,14 +423,19 @@ def _branches(kind: Kind) -> int:
 def _named(data: Json, name: str) -> Any:
     """A value that goes under more than one key; raises `ConfigError` where they disagree."""
     found = {key: data[key] for key in _NAMES[name] if data.get(key) is not None}
-    if len({str(value) for value in found.values()}) > 1:
+    if any(value != _first(*found.values()) for value in found.values()):
         told = ", ".join(f"{key} = {value!r}" for key, value in found.items())
         raise ConfigError(f"config.json has {told}.", "They are the same: keep the right one.")
     return _first(*found.values())
 
 
 def _decoder(data: Json, kind: Kind) -> DecoderConfig:
-    data = {**data, "num_attention_heads": _named(data, "num_attention_heads")}
+    rope = data.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping) or rope.get("rope_type", "default") != "default":
+        raise ConfigError(f"config.json has rope_parameters = {rope!r}.", "Only 'default' works.")
+    _check_keys(rope, {"rope_type", "rope_theta", "partial_rotary_factor"}, "rope_parameters")
+    data = {**data, **{f"rope_parameters.{key}": value for key, value in rope.items()}}
+    data["num_attention_heads"] = _named(data, "num_attention_heads")
     hidden, heads, intermediate, vocabulary = (_count(data, key) for key in _SIZES)
     layers = _count(data, "num_hidden_layers", _MOST)
     if hidden % heads or data.get("num_key_value_heads") not in (None, heads):
@@ -429,18 +444,13 @@ def _decoder(data: Json, kind: Kind) -> DecoderConfig:
             f"num_key_value_heads = {data.get('num_key_value_heads')!r}.",
             "Heads must divide the hidden size, and every head needs its own keys and values.",
         )
-    rope = data.get("rope_parameters") or {}  # where transformers 5 keeps the next two
-    if not isinstance(rope, Mapping) or rope.get("rope_type", "default") != "default":
-        raise ConfigError(f"config.json has rope_parameters = {rope!r}.", "Only 'default' works.")
     if data.get("kv_channels") not in (None, hidden // heads) or intermediate % _branches(kind):
         raise ConfigError(
             f"config.json has kv_channels = {data.get('kv_channels')!r} and "
             f"intermediate_size = {intermediate}.",
             "Heads must share the hidden size out, and Qwen's intermediate_size be even.",
         )
-    fraction = _first(
-        _named(data, "rotary_fraction"), rope.get("partial_rotary_factor"), _DEFAULT_ROTARY[kind]
-    )
+    fraction = _first(_named(data, "rotary_fraction"), _DEFAULT_ROTARY[kind])
     ends = _first(data.get("eos_token_id"), _DEFAULT_EOS[kind])
     ends = ends if isinstance(ends, list) and ends else [ends]
     decoder = DecoderConfig.from_json(
@@ -452,7 +462,7 @@ def _decoder(data: Json, kind: Kind) -> DecoderConfig:
             "intermediate_size": intermediate // _branches(kind),
             "vocab_size": vocabulary,
             "rotary_fraction": fraction,
-            "rope_theta": _first(_named(data, "rope_theta"), rope.get("rope_theta"), 10000.0),
+            "rope_theta": _first(_named(data, "rope_theta"), 10000.0),
             "norm_eps": _first(_named(data, "norm_eps"), _DEFAULT_EPS[kind]),
             "max_positions": _positions(data, kind),
             "bos_token_id": data.get("bos_token_id"),

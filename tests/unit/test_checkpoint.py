@@ -381,6 +381,29 @@ def test_transformers_5_rope_parameters(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(data))
     decoder = read_checkpoint(folder).config.decoder
     assert (decoder.rotary_fraction, decoder.rope_theta) == (0.5, 500.0)
+    edit_config(folder, rope_theta=500)
+    assert read_checkpoint(folder).config.decoder == decoder
+    for wrong, message in (
+        ({"type": "linear", "factor": 4.0}, "unknown key 'type'"),
+        ({"full_attention": {"rope_type": "linear"}}, "unknown key 'full_attention'"),
+        ({"rope_theta": 10000.0}, r"rope_parameters\.rope_theta = 10000"),
+        ({"rope_type": "yarn"}, "Only 'default'"),
+    ):
+        edit_config(folder, rope_parameters={**data["rope_parameters"], **wrong})
+        with pytest.raises(ConfigError, match=message):
+            read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"image_aspect_ratio": "square"}, {"mm_vision_select_layer": -1}],
+)
+def test_a_tower_that_is_described_twice_is_described_alike(
+    folder: Path, changes: dict[str, Any]
+) -> None:
+    edit_config(folder, **changes)
+    with pytest.raises(ConfigError, match="says otherwise"):
+        read_checkpoint(folder)
 
 
 META, BIAS = ".meta_moe.", ".gate.wg.bias"
