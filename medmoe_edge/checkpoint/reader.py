@@ -20,6 +20,7 @@ does in a router of that one row; what this changes, a verification measures.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -441,7 +442,7 @@ def split_fused(headers: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     for key, tensor in headers.items():
         if is_unread(key):
             continue
-        if FUSED in key:
+        if FUSED in key and tensor.shape and tensor.shape[0] % 3 == 0:
             owner, part = key.rsplit(".", 1)
             stored |= {f"{owner}.{name}.{part}": third for name, third in tensor.parts("qkv")}
         else:
@@ -451,7 +452,7 @@ def split_fused(headers: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 def _read_tower(path: object) -> tuple[dict[str, StoredTensor], dict[str, object]]:
     """The tensors of a separate CLIP folder under their official names, and its `config.json`."""
-    if not isinstance(path, str | Path) or not Path(path).is_dir():
+    if not isinstance(path, str | Path) or not os.path.isdir(path):  # also of a name beyond limits
         elsewhere = f"{str(path)!r} is not a folder here" if path else "names no folder with one"
         raise CheckpointError(
             f"The checkpoint holds no vision tower, and {elsewhere}.",

@@ -177,7 +177,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     if not isinstance(index, dict) or not index:
         raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map.", _DOWNLOAD)
     for name in index.values():
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name or "\0" in name:
             raise CheckpointError(f"{folder / INDEX_FILE} names the shard {name!r}.", _DOWNLOAD)
     if SINGLE_FILE not in index.values() and (folder / SINGLE_FILE).exists():
         raise CheckpointError(

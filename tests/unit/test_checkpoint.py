@@ -633,11 +633,48 @@ def test_the_tower_may_lie_elsewhere(towerless: Path, tmp_path: Path, named_by: 
     assert torch.equal(ours, state["embeddings.position_embedding.weight"])
 
 
-@pytest.mark.parametrize("path", ["/a/strangers/path", None])
+@pytest.mark.parametrize("path", ["/a/strangers/path", "a" * 5000, "a\0b", None])
 def test_a_tower_that_is_nowhere_names_the_option(towerless: Path, path: str | None) -> None:
     edit_config(towerless, mm_image_tower=path)
     with pytest.raises(CheckpointError, match="--vision-tower"):
         read_checkpoint(towerless)
+
+
+def test_a_tower_whose_description_is_no_object_is_refused(towerless: Path, tmp_path: Path) -> None:
+    clip(TINY["stablelm"]).save_pretrained(tmp_path / "tower")
+    edit_config(tmp_path / "tower", vision_config="large")
+    with pytest.raises(ConfigError, match="vision_config must be an object"):
+        read_checkpoint(towerless, vision_tower=tmp_path / "tower")
+
+
+def test_a_tower_whose_tensor_is_a_scalar_is_refused(towerless: Path, tmp_path: Path) -> None:
+    clip(TINY["stablelm"]).save_pretrained(tmp_path / "tower")
+    with edit_tensors(tmp_path / "tower") as tensors:
+        (key,) = (key for key in tensors if key.endswith("patch_embedding.weight"))
+        tensors[key] = torch.ones(())
+    with pytest.raises(CheckpointError, match="not a CLIP"):
+        read_checkpoint(towerless, vision_tower=tmp_path / "tower")
+
+
+@pytest.mark.parametrize("rows", [None, 194])
+def test_a_fused_matrix_that_has_no_thirds_is_refused(tmp_path: Path, rows: int | None) -> None:
+    """What is left over of 194 rows would be passed over."""
+    folder = write(tmp_path / "out", PRESETS["tiny-qwen"])
+    with edit_tensors(folder) as tensors:
+        key = "transformer.h.0.attn.c_attn.weight"
+        tensors[key] = torch.ones(()) if rows is None else torch.ones(rows, 64)
+    with pytest.raises(CheckpointError, match="c_attn"):
+        read_checkpoint(folder)
+
+
+def test_the_residual_of_moe_llava_is_not_taken_for_med_moes(tmp_path: Path) -> None:
+    folder = write(tmp_path / "out", with_moe(TINY["stablelm"], use_residual=True))
+    with edit_tensors(folder) as tensors:
+        for key in [key for key in tensors if META in key]:
+            tensors[key.replace(META, ".mlp.")] = tensors.pop(key)
+    without(folder, BIAS)
+    with pytest.raises(ConfigError, match="not implemented"):
+        read_checkpoint(folder)
 
 
 def test_a_tower_with_another_activation_is_refused(towerless: Path, tmp_path: Path) -> None:
@@ -868,6 +905,15 @@ def test_broken_json_is_refused(folder: Path, text: str) -> None:
 def test_a_broken_index_is_refused(folder: Path, index: dict[str, Any]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"index\.json"):
+        read_checkpoint(folder)
+
+
+def test_an_index_that_names_no_possible_file(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][next(iter(index["weight_map"]))] = "a\0b"
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="names the shard"):
         read_checkpoint(folder)
 
 
