@@ -162,8 +162,9 @@ class Checkpoint:
         return self._hashes.total
 
     def file_hashes(self) -> Mapping[str, str]:
-        """SHA-256 of `config.json` and every weight file by name; read once, with `sha256`."""
-        return self._hashes.files
+        """SHA-256 of the folder's `config.json` and weights by name; read once, with `sha256`."""
+        files = self._hashes.files.items()  # a tower elsewhere may have files of the same names
+        return {path.name: found for path, found in files if path.parent == self.folder}
 
     @property
     def stored(self) -> dict[str, StoredTensor]:

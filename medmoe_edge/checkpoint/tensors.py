@@ -131,10 +131,10 @@ def check_filled(name: str, tensor: torch.Tensor) -> None:
 
 
 class Hashes(NamedTuple):
-    """SHA-256 over some files, their names included, and of each by its name."""
+    """SHA-256 over some files, their names included, and of each by its path."""
 
     total: str
-    files: Mapping[str, str]
+    files: Mapping[Path, str]
 
 
 def files_sha256(files: Iterable[Path]) -> Hashes:
@@ -145,7 +145,7 @@ def files_sha256(files: Iterable[Path]) -> Hashes:
             digest = hashlib.file_digest(file, "sha256")
         total.update(f"{path.name}\0".encode())
         total.update(digest.digest())
-        each[path.name] = digest.hexdigest()
+        each[path] = digest.hexdigest()
     return Hashes(total.hexdigest(), each)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -638,6 +639,14 @@ def test_a_tower_that_is_nowhere_names_the_option(towerless: Path, path: str | N
     edit_config(towerless, mm_image_tower=path)
     with pytest.raises(CheckpointError, match="--vision-tower"):
         read_checkpoint(towerless)
+
+
+def test_a_towers_files_are_not_taken_for_the_checkpoints(towerless: Path, tmp_path: Path) -> None:
+    """What a `pull` recorded is compared by name, and both have a model.safetensors."""
+    clip(TINY["stablelm"]).save_pretrained(tmp_path / "z-tower")
+    found = read_checkpoint(towerless, vision_tower=tmp_path / "z-tower").file_hashes()
+    names = ("config.json", "model.safetensors")
+    assert found == {n: hashlib.sha256((towerless / n).read_bytes()).hexdigest() for n in names}
 
 
 def test_a_tower_whose_description_is_no_object_is_refused(towerless: Path, tmp_path: Path) -> None:
