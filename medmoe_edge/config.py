@@ -249,7 +249,10 @@ class MoEConfig(Config):
                 f"moe.expert_names are {list(names)!r}.", "Give each a printable name of its own."
             )
         if self.use_residual and not self.meta_expert:
-            raise ConfigError("moe.use_residual needs the meta expert.", "Set meta_expert to true.")
+            raise ConfigError(
+                "moe.use_residual without a meta expert, as in MoE-LLaVA, is not implemented.",
+                "Only Med-MoE's is, whose checkpoints have router biases and meta experts.",
+            )
         if self.router_names and not set(self.expert_names) < set(self.router_names):
             raise ConfigError(
                 "moe.router_names does not name all experts and one that was left out.",

@@ -45,6 +45,9 @@ class TextReader(Protocol):
         Raises `InputError` for a text without a word.
         """
 
+    def check_whole(self, texts: Sequence[str]) -> None:
+        """Raise `InputError` for a text of which only the beginning would be read."""
+
 
 class ModalityRuntime(Protocol):
     """A loaded MedMoE. Not thread-safe: one image at a time."""
@@ -57,6 +60,9 @@ class ModalityRuntime(Protocol):
 
     def encode_texts(self, texts: Sequence[str]) -> TextFeatures:
         """Features of each text; raises `InputError` for a text without a word."""
+
+    def check_whole(self, texts: Sequence[str]) -> None:
+        """Raise `InputError` for a text of which only the beginning would be read."""
 
 
 IMAGE, TEXT = "image.onnx", "text.onnx"
@@ -71,6 +77,7 @@ class ModalityOrtRuntime:
 
     def __init__(self, bundle: ModalityBundle, reader: TextReader) -> None:
         self.config, self._reader = bundle.config, reader
+        self.check_whole = reader.check_whole
         self._sessions = EarlySessions({bundle.path(name): _options() for name in (IMAGE, TEXT)})
 
     def encode_images(self, pixels: Floats) -> ImageFeatures:

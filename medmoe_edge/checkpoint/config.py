@@ -22,7 +22,7 @@ from medmoe_edge.config import (
     VisionConfig,
     unknown_key,
 )
-from medmoe_edge.errors import CheckpointError, ConfigError, Notice
+from medmoe_edge.errors import CheckpointError, ConfigError
 
 Json = Mapping[str, Any]
 
@@ -40,7 +40,7 @@ CLIP_L_14_336 = VisionConfig(
     intermediate_size=4096,
     patch_size=14,
 )
-CLIP_HEAD_SIZE = 64  # of every published CLIP tower
+CLIP_HEAD_SIZE, CLIP_FEATURES = 64, 1024  # of OpenAI's towers all, and of the widest
 
 SIGLIP_MEAN = SIGLIP_STD = (127.5, 127.5, 127.5)
 SIGLIP_SO400M_14_384 = VisionConfig(
@@ -86,7 +86,16 @@ def vision_config(
         )
     if "vision" in own:
         vision = VisionConfig.from_json(own["vision"], "config.json medmoe_edge.vision")
-        _check_fixed(data, {"mm_vision_select_feature": (vision.select_feature,)})
+        told = {
+            "image_aspect_ratio": "pad" if vision.pad_to_square else "square",
+            "mm_vision_select_feature": vision.select_feature,
+            "mm_vision_select_layer": vision.select_layer,
+        }
+        if other := {key: data[key] for key in told if data.get(key, told[key]) != told[key]}:
+            raise ConfigError(
+                f"config.json has {other}, and its medmoe_edge.vision says otherwise.",
+                "They say the same: change both.",
+            )
     else:
         vision = _transformer(data, shapes, tower, aspect == "pad")
     sizes = (vision.image_size, vision.patch_size, vision.feature_size)
@@ -109,7 +118,7 @@ def _transformer(
         rows, size = shapes[CLIP_PREFIX + "embeddings.position_embedding.weight"]
         patch = shapes[CLIP_PREFIX + "embeddings.patch_embedding.weight"][-1]
         intermediate, _ = shapes[CLIP_PREFIX + "encoder.layers.0.mlp.fc1.weight"]
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, IndexError) as error:
         raise CheckpointError(
             f"The tensors under {TOWER_PREFIX} are not a CLIP or SigLIP vision transformer.",
             "Give one with --vision-tower, or describe the tower in config.json's medmoe_edge.",
@@ -119,17 +128,16 @@ def _transformer(
     tower_keys = [key for key in shapes if key.startswith(CLIP_PREFIX)]
     stored = sum(key.endswith(".layer_norm1.weight") for key in tower_keys)
     described = (tower or {}).get("vision_config", tower) or {}
-    heads = described.get("num_attention_heads", max(1, size // CLIP_HEAD_SIZE))
+    _check_keys(described, described, "The tower's config.json vision_config")
     feature = data.get("mm_vision_select_feature", "patch")
-    if not clip:
-        heads = described.get("num_attention_heads", SIGLIP_HEADS.get(size))
-        if heads is None or not pad_to_square:
-            raise ConfigError(
-                f"The SigLIP tower of {size} features has an unknown number of heads, or images "
-                "are not padded (image_aspect_ratio), which SigLIP's own processor would distort.",
-                "Give the tower's folder with --vision-tower, and use image_aspect_ratio 'pad'.",
-            )
-    else:
+    heads = described.get("num_attention_heads", _heads(data, size, clip))
+    if heads is None or not (clip or pad_to_square):
+        raise ConfigError(
+            f"The {'CLIP' if clip else 'SigLIP'} tower of {size} features has an unknown number of "
+            "heads, or is SigLIP and images are not padded, which its own processor would distort.",
+            "Give the tower's folder with --vision-tower; for SigLIP set image_aspect_ratio 'pad'.",
+        )
+    if clip:
         _check_fixed(data, {"mm_vision_select_feature": ("patch",)})
     if described.get("hidden_act", activation) != activation:
         raise ConfigError(
@@ -156,6 +164,14 @@ def _transformer(
     )
 
 
+def _heads(data: Json, size: int, clip: bool) -> int | None:
+    """Of a tower that nothing describes: OpenAI's or SigLIP's, but not LAION's nor a wider CLIP."""
+    named = str(data.get("mm_image_tower") or data.get("mm_vision_tower")).lower()
+    if clip and ("laion" in named or size > CLIP_FEATURES):
+        return None
+    return max(1, size // CLIP_HEAD_SIZE) if clip else SIGLIP_HEADS.get(size)
+
+
 def _image_size(grid: int, patch: int, described: Json) -> Any:
     """The tower's own, which need not be a whole number of patches: SigLIP's 384 is 27.4 of 14."""
     size = described.get("image_size", _SIGLIP_SIZES.get((grid, patch), grid * patch))
@@ -173,11 +189,12 @@ _MODEL_TYPES: dict[str, tuple[Kind, bool, str]] = {
     "llava_qwen": ("qwen", False, "LlavaQWenForCausalLM"),
 }
 _SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+_ROPE = ("rope_parameters.partial_rotary_factor", "rope_parameters.rope_theta")  # transformers 5
 # What is read under more than one name: ours is the first of them that the file has.
 _NAMES: dict[str, tuple[str, ...]] = {
     "num_attention_heads": ("num_attention_heads", "num_heads"),  # StableLM's early code
-    "rotary_fraction": ("partial_rotary_factor", "rope_pct", "rotary_pct"),
-    "rope_theta": ("rope_theta", "rotary_emb_base"),
+    "rotary_fraction": (*("partial_rotary_factor", "rope_pct", "rotary_pct"), _ROPE[0]),
+    "rope_theta": ("rope_theta", "rotary_emb_base", _ROPE[1]),
     "norm_eps": ("layer_norm_eps", "norm_eps", "layer_norm_epsilon", "rms_norm_eps"),
 }
 _READ = {
@@ -407,14 +424,19 @@ def _branches(kind: Kind) -> int:
 def _named(data: Json, name: str) -> Any:
     """A value that goes under more than one key; raises `ConfigError` where they disagree."""
     found = {key: data[key] for key in _NAMES[name] if data.get(key) is not None}
-    if len({str(value) for value in found.values()}) > 1:
+    if any(value != _first(*found.values()) for value in found.values()):
         told = ", ".join(f"{key} = {value!r}" for key, value in found.items())
         raise ConfigError(f"config.json has {told}.", "They are the same: keep the right one.")
     return _first(*found.values())
 
 
 def _decoder(data: Json, kind: Kind) -> DecoderConfig:
-    data = {**data, "num_attention_heads": _named(data, "num_attention_heads")}
+    rope = data.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping) or rope.get("rope_type", "default") != "default":
+        raise ConfigError(f"config.json has rope_parameters = {rope!r}.", "Only 'default' works.")
+    _check_keys(rope, {"rope_type", "rope_theta", "partial_rotary_factor"}, "rope_parameters")
+    data = {**data, **{f"rope_parameters.{key}": value for key, value in rope.items()}}
+    data["num_attention_heads"] = _named(data, "num_attention_heads")
     hidden, heads, intermediate, vocabulary = (_count(data, key) for key in _SIZES)
     layers = _count(data, "num_hidden_layers", _MOST)
     if hidden % heads or data.get("num_key_value_heads") not in (None, heads):
@@ -423,18 +445,13 @@ def _decoder(data: Json, kind: Kind) -> DecoderConfig:
             f"num_key_value_heads = {data.get('num_key_value_heads')!r}.",
             "Heads must divide the hidden size, and every head needs its own keys and values.",
         )
-    rope = data.get("rope_parameters") or {}  # where transformers 5 keeps the next two
-    if not isinstance(rope, Mapping) or rope.get("rope_type", "default") != "default":
-        raise ConfigError(f"config.json has rope_parameters = {rope!r}.", "Only 'default' works.")
     if data.get("kv_channels") not in (None, hidden // heads) or intermediate % _branches(kind):
         raise ConfigError(
             f"config.json has kv_channels = {data.get('kv_channels')!r} and "
             f"intermediate_size = {intermediate}.",
             "Heads must share the hidden size out, and Qwen's intermediate_size be even.",
         )
-    fraction = _first(
-        _named(data, "rotary_fraction"), rope.get("partial_rotary_factor"), _DEFAULT_ROTARY[kind]
-    )
+    fraction = _first(_named(data, "rotary_fraction"), _DEFAULT_ROTARY[kind])
     ends = _first(data.get("eos_token_id"), _DEFAULT_EOS[kind])
     ends = ends if isinstance(ends, list) and ends else [ends]
     decoder = DecoderConfig.from_json(
@@ -446,7 +463,7 @@ def _decoder(data: Json, kind: Kind) -> DecoderConfig:
             "intermediate_size": intermediate // _branches(kind),
             "vocab_size": vocabulary,
             "rotary_fraction": fraction,
-            "rope_theta": _first(_named(data, "rope_theta"), rope.get("rope_theta"), 10000.0),
+            "rope_theta": _first(_named(data, "rope_theta"), 10000.0),
             "norm_eps": _first(_named(data, "norm_eps"), _DEFAULT_EPS[kind]),
             "max_positions": _positions(data, kind),
             "bos_token_id": data.get("bos_token_id"),
@@ -470,25 +487,6 @@ def _positions(data: Json, kind: Kind) -> Any:
     trained = data.get("seq_length", positions)
     whole = isinstance(positions, int) and isinstance(trained, int)
     return min(positions, trained) if whole else positions
-
-
-def dropped_tokens(data: Json, config: ModelConfig) -> Notice | None:
-    """What to say of a checkpoint of MoE-LLaVA whose own code drops tokens, None where it does not.
-
-    Its gate, DeepSpeed's, gives each expert room for `tokens x k x eval_capacity_factor / experts`
-    in inference too, and what finds none skips the experts. Med-MoE's own gate has no such bound.
-    """
-    moe, block = config.moe, data.get("moe")
-    if moe is None or moe.meta_expert or not isinstance(block, Mapping):
-        return None
-    factor = block.get("eval_capacity_factor")
-    if not isinstance(factor, int | float) or factor * moe.top_k >= moe.num_experts:
-        return None
-    return Notice(
-        "tokens_dropped_elsewhere",
-        f"config.json has moe.eval_capacity_factor = {factor}: MoE-LLaVA's own code would drop "
-        "tokens whose expert is full. Here none is dropped, so answers may differ from it.",
-    )
 
 
 def _moe(

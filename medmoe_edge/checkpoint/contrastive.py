@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from medmoe_edge.checkpoint.tensors import (
     INDEX_FILE,
     StoredTensor,
+    check_filled,
     check_none_missing,
     files_sha256,
     read_headers,
@@ -240,6 +241,8 @@ def _copy(module: nn.Module, matched: Mapping[str, StoredTensor]) -> None:
     tensors: dict[str, Tensor] = {
         name: stored.read().view(stored.shape) for name, stored in matched.items()
     }
+    for name, tensor in tensors.items():
+        check_filled(name, tensor)
     module.load_state_dict(tensors)
 
 

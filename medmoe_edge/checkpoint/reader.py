@@ -20,13 +20,14 @@ does in a router of that one row; what this changes, a verification measures.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from medmoe_edge.checkpoint.config import dropped_tokens, model_config
+from medmoe_edge.checkpoint.config import model_config
 from medmoe_edge.checkpoint.keys import (
     CLIP_PREFIX,
     FUSED,
@@ -44,6 +45,7 @@ from medmoe_edge.checkpoint.tensors import (
     Hashes,
     StoredTensor,
     check_file,
+    check_filled,
     check_none_missing,
     files_sha256,
     has_adapter,
@@ -120,6 +122,8 @@ class Checkpoint:
         if is_router(name) and self.shared_router:
             return self._shared_router[name.rsplit(".", 1)[1]]
         tensor = self.names[name].read()
+        if not is_router(name):
+            check_filled(name, tensor)
         if name in self.twins and not torch.equal(tensor, self.twins[name].read()):
             raise CheckpointError(
                 f"{name} and {self.twins[name].key} differ, but are one module.",
@@ -158,8 +162,9 @@ class Checkpoint:
         return self._hashes.total
 
     def file_hashes(self) -> Mapping[str, str]:
-        """SHA-256 of `config.json` and every weight file by name; read once, with `sha256`."""
-        return self._hashes.files
+        """SHA-256 of the folder's `config.json` and weights by name; read once, with `sha256`."""
+        files = self._hashes.files.items()  # a tower elsewhere may have files of the same names
+        return {path.name: found for path, found in files if path.parent == self.folder}
 
     @property
     def stored(self) -> dict[str, StoredTensor]:
@@ -219,7 +224,7 @@ def read_checkpoint(folder: Path, *, vision_tower: Path | None = None) -> Checkp
         "The checkpoint's folder holds a LoRA adapter beside the weights: it is not applied.",
     )
     told = (
-        dropped_tokens(data, config),
+        _dropped_tokens(data, config),
         adapter if has_adapter(folder) else None,
         _not_generated(generation_data),
     )
@@ -383,6 +388,25 @@ def _with_generation(data: dict[str, Any], generation: Mapping[str, Any]) -> dic
     return {**data, "eos_token_id": own + [end for end in ends if end not in own]}
 
 
+def _dropped_tokens(data: Mapping[str, Any], config: ModelConfig) -> Notice | None:
+    """What to say of a checkpoint of MoE-LLaVA whose own code drops tokens, None where it does not.
+
+    Its gate, DeepSpeed's, gives each expert room for `tokens x k x eval_capacity_factor / experts`
+    in inference too, and what finds none skips the experts. Med-MoE's own gate has no such bound.
+    """
+    moe, block = config.moe, data.get("moe")
+    if moe is None or moe.meta_expert or not isinstance(block, Mapping):
+        return None
+    factor = block.get("eval_capacity_factor")
+    if not isinstance(factor, int | float) or factor * moe.top_k >= moe.num_experts:
+        return None
+    return Notice(
+        "tokens_dropped_elsewhere",
+        f"config.json has moe.eval_capacity_factor = {factor}: MoE-LLaVA's own code would drop "
+        "tokens whose expert is full. Here none is dropped, so answers may differ from it.",
+    )
+
+
 # What in a generation_config.json makes transformers choose other tokens, with other values.
 _NEUTRAL: dict[str, Any] = {
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "guidance_scale"), 1),
@@ -419,7 +443,7 @@ def split_fused(headers: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     for key, tensor in headers.items():
         if is_unread(key):
             continue
-        if FUSED in key:
+        if FUSED in key and tensor.shape and tensor.shape[0] % 3 == 0:
             owner, part = key.rsplit(".", 1)
             stored |= {f"{owner}.{name}.{part}": third for name, third in tensor.parts("qkv")}
         else:
@@ -429,7 +453,7 @@ def split_fused(headers: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 def _read_tower(path: object) -> tuple[dict[str, StoredTensor], dict[str, object]]:
     """The tensors of a separate CLIP folder under their official names, and its `config.json`."""
-    if not isinstance(path, str | Path) or not Path(path).is_dir():
+    if not isinstance(path, str | Path) or not os.path.isdir(path):  # also of a name beyond limits
         elsewhere = f"{str(path)!r} is not a folder here" if path else "names no folder with one"
         raise CheckpointError(
             f"The checkpoint holds no vision tower, and {elsewhere}.",

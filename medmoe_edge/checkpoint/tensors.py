@@ -107,13 +107,34 @@ def check_file(path: Path) -> None:
             f"{path} is a Git-LFS pointer, not the file itself.",
             "Run `git lfs install && git lfs pull` in that folder, or download the file.",
         )
+    if path.with_name(f"{path.name}.aria2").exists():
+        raise CheckpointError(
+            f"{path} is not downloaded whole: aria2 left {path.name}.aria2 beside it.",
+            "Run that download again: it goes on where it was.",
+        )
+
+
+# Matrices that may be zero on purpose: a layer whose last ones are adds nothing.
+_SILENT = ("out.weight", "down.weight", "fc2.weight")
+
+
+def check_filled(name: str, tensor: torch.Tensor) -> None:
+    """Raise `CheckpointError` for a weight of zeros alone: its file was never filled.
+
+    Whoever copies or downloads may make room for a whole file first, and then break off.
+    """
+    weighs = name.endswith(".weight") and not name.endswith(_SILENT)
+    if weighs and not (tensor[:1].any() or tensor.any()):
+        raise CheckpointError(
+            f"The tensor {name} is all zeros, as where a copy or a download broke off.", _DOWNLOAD
+        )
 
 
 class Hashes(NamedTuple):
-    """SHA-256 over some files, their names included, and of each by its name."""
+    """SHA-256 over some files, their names included, and of each by its path."""
 
     total: str
-    files: Mapping[str, str]
+    files: Mapping[Path, str]
 
 
 def files_sha256(files: Iterable[Path]) -> Hashes:
@@ -124,7 +145,7 @@ def files_sha256(files: Iterable[Path]) -> Hashes:
             digest = hashlib.file_digest(file, "sha256")
         total.update(f"{path.name}\0".encode())
         total.update(digest.digest())
-        each[path.name] = digest.hexdigest()
+        each[path] = digest.hexdigest()
     return Hashes(total.hexdigest(), each)
 
 
@@ -156,7 +177,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     if not isinstance(index, dict) or not index:
         raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map.", _DOWNLOAD)
     for name in index.values():
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name or "\0" in name:
             raise CheckpointError(f"{folder / INDEX_FILE} names the shard {name!r}.", _DOWNLOAD)
     if SINGLE_FILE not in index.values() and (folder / SINGLE_FILE).exists():
         raise CheckpointError(
@@ -267,13 +288,19 @@ def _read_header(path: Path) -> Iterator[StoredTensor]:
     with _open(path) as shard:
         for key in shard.keys():  # noqa: SIM118 -- not a mapping
             view = shard.get_slice(key)
-            dtype = view.get_dtype()
+            shape, dtype = tuple(view.get_shape()), view.get_dtype()
             if dtype not in DTYPES and not key.endswith(INTEGERS):
                 raise CheckpointError(
                     f"{key} in {path} has the type {dtype}.",
                     f"Only {', '.join(DTYPES)} are read; take the unquantised checkpoint.",
                 )
-            yield StoredTensor(path, key, tuple(view.get_shape()), DTYPES.get(dtype, torch.int64))
+            if 0 in shape:
+                raise CheckpointError(
+                    f"{key} in {path} is empty, as where DeepSpeed's ZeRO-3 gathered nothing.",
+                    "Join its parts: python zero_to_fp32.py . OUT --safe_serialization; or train "
+                    "with stage3_gather_16bit_weights_on_model_save.",
+                )
+            yield StoredTensor(path, key, shape, DTYPES.get(dtype, torch.int64))
 
 
 def _open(path: Path) -> Any:

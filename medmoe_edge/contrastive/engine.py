@@ -198,7 +198,7 @@ class ModalityEngine(OneAtATime):
             A score of each label, which add up to 1, and its similarity, the best first.
 
         Raises:
-            InputError: There is no label, or one or the image cannot be used.
+            InputError: There is no label, or one or the image cannot be used, or is too long.
         """
         if isinstance(labels, str):
             raise InputError(
@@ -249,7 +249,7 @@ class ModalityEngine(OneAtATime):
             A map over the image's pixels `[H, W]`, its peak `(x, y)`, and the similarity.
 
         Raises:
-            InputError: The phrase or the image cannot be used.
+            InputError: The phrase or the image cannot be used, or the phrase is too long.
         """
         if not isinstance(phrase, str):
             raise InputError("phrase is not one text.", "Look for one at a time.")
@@ -314,7 +314,7 @@ class ModalityEngine(OneAtATime):
             `[D]`, of length 1.
 
         Raises:
-            InputError: The text has no word.
+            InputError: The text has no word, or more than the model reads.
         """
         return unit(self._encode([_cleaned(text)]).pooled[0])
 
@@ -342,6 +342,7 @@ class ModalityEngine(OneAtATime):
 
     def _encode(self, phrases: Sequence[str]) -> TextFeatures:
         with self.one_at_a_time():
+            self.runtime.check_whole(phrases)
             features = self.texts.encode(phrases)
         if not (np.isfinite(features.words).all() and np.isfinite(features.pooled).all()):
             raise self.not_finite()

@@ -91,7 +91,7 @@ class ModalityTokenizer:
         return cls(backend, text.max_pieces, as_published)
 
     def encode(self, texts: Sequence[str]) -> Pieces:
-        """The pieces of at least one text; what is beyond `max_pieces` is not read.
+        """The pieces of at least one text; what is beyond `max_pieces` is not read: `check_whole`.
 
         Raises `InputError` for a text without a word or of invalid Unicode.
         """
@@ -112,6 +112,16 @@ class ModalityTokenizer:
                     "Write words in Latin letters, such as: pleural effusion.",
                 )
         return Pieces(ids, words, seen)
+
+    def check_whole(self, texts: Sequence[str]) -> None:
+        """Raise `InputError` for a text of which only the beginning would be read."""
+        for text in texts:
+            if len(text) > MAX_CHARACTERS or self._encode(text).overflowing:
+                most = self.max_pieces - 2  # the marks around it
+                raise InputError(
+                    f"A text has more than the {most} word pieces that the model reads.",
+                    "Write it in fewer words.",
+                )
 
     def _encode(self, text: str) -> Encoding:
         try:

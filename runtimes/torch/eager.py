@@ -209,6 +209,7 @@ class ModalityTorchRuntime:
 
     def __init__(self, model: ModalityMoE, reader: TextReader) -> None:
         self.model, self.config, self._reader = model, model.config, reader
+        self.check_whole = reader.check_whole
 
     @torch.inference_mode()
     def encode_images(self, pixels: Floats) -> ImageFeatures:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -381,6 +382,29 @@ def test_transformers_5_rope_parameters(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(data))
     decoder = read_checkpoint(folder).config.decoder
     assert (decoder.rotary_fraction, decoder.rope_theta) == (0.5, 500.0)
+    edit_config(folder, rope_theta=500)
+    assert read_checkpoint(folder).config.decoder == decoder
+    for wrong, message in (
+        ({"type": "linear", "factor": 4.0}, "unknown key 'type'"),
+        ({"full_attention": {"rope_type": "linear"}}, "unknown key 'full_attention'"),
+        ({"rope_theta": 10000.0}, r"rope_parameters\.rope_theta = 10000"),
+        ({"rope_type": "yarn"}, "Only 'default'"),
+    ):
+        edit_config(folder, rope_parameters={**data["rope_parameters"], **wrong})
+        with pytest.raises(ConfigError, match=message):
+            read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"image_aspect_ratio": "square"}, {"mm_vision_select_layer": -1}],
+)
+def test_a_tower_that_is_described_twice_is_described_alike(
+    folder: Path, changes: dict[str, Any]
+) -> None:
+    edit_config(folder, **changes)
+    with pytest.raises(ConfigError, match="says otherwise"):
+        read_checkpoint(folder)
 
 
 META, BIAS = ".meta_moe.", ".gate.wg.bias"
@@ -504,6 +528,27 @@ def test_a_published_tower_has_as_many_layers_as_it_was_published_with() -> None
     assert model_config(data, shorter).vision.layers == 24, "and its tensors will be missed"
 
 
+@pytest.mark.parametrize(
+    ("size", "name"), [(1280, None), (1024, "laion/CLIP-ViT-L-14-laion2B-s32B-b82K")]
+)
+def test_the_heads_of_a_tower_that_is_not_openais_are_not_guessed(
+    size: int, name: str | None
+) -> None:
+    """LAION's ViT-H has 16 heads of 80 channels, and its ViT-L another activation."""
+    standard = dataclasses.replace(PRESETS["med-moe-phi2-2.7b"], moe=None)
+    vision = dataclasses.replace(standard.vision, feature_size=size, heads=16)
+    config = dataclasses.replace(standard, vision=vision)
+    data = official_config(standard, "bfloat16") | {"mm_hidden_size": size, "mm_image_tower": name}
+    named = {official_name(name, config): s for name, s in expected_parameters(config).items()}
+    with pytest.raises(ConfigError, match="unknown number of heads") as caught:
+        model_config(data, named)
+    assert "--vision-tower" in caught.value.remedy
+    described = {"num_attention_heads": 16, "num_hidden_layers": 24, "hidden_act": "quick_gelu"}
+    assert model_config(data, named, described).vision.heads == 16
+    with pytest.raises(ConfigError, match="'gelu'"):
+        model_config(data, named, {**described, "hidden_act": "gelu"})
+
+
 @pytest.mark.parametrize("stored", ["meta_moe", "mlp", "both"])
 def test_the_residual_branch_and_the_meta_expert_are_one(tmp_path: Path, stored: str) -> None:
     config = with_moe(TINY["stablelm"], use_residual=True)
@@ -589,11 +634,56 @@ def test_the_tower_may_lie_elsewhere(towerless: Path, tmp_path: Path, named_by: 
     assert torch.equal(ours, state["embeddings.position_embedding.weight"])
 
 
-@pytest.mark.parametrize("path", ["/a/strangers/path", None])
+@pytest.mark.parametrize("path", ["/a/strangers/path", "a" * 5000, "a\0b", None])
 def test_a_tower_that_is_nowhere_names_the_option(towerless: Path, path: str | None) -> None:
     edit_config(towerless, mm_image_tower=path)
     with pytest.raises(CheckpointError, match="--vision-tower"):
         read_checkpoint(towerless)
+
+
+def test_a_towers_files_are_not_taken_for_the_checkpoints(towerless: Path, tmp_path: Path) -> None:
+    """What a `pull` recorded is compared by name, and both have a model.safetensors."""
+    clip(TINY["stablelm"]).save_pretrained(tmp_path / "z-tower")
+    found = read_checkpoint(towerless, vision_tower=tmp_path / "z-tower").file_hashes()
+    names = ("config.json", "model.safetensors")
+    assert found == {n: hashlib.sha256((towerless / n).read_bytes()).hexdigest() for n in names}
+
+
+def test_a_tower_whose_description_is_no_object_is_refused(towerless: Path, tmp_path: Path) -> None:
+    clip(TINY["stablelm"]).save_pretrained(tmp_path / "tower")
+    edit_config(tmp_path / "tower", vision_config="large")
+    with pytest.raises(ConfigError, match="vision_config must be an object"):
+        read_checkpoint(towerless, vision_tower=tmp_path / "tower")
+
+
+def test_a_tower_whose_tensor_is_a_scalar_is_refused(towerless: Path, tmp_path: Path) -> None:
+    clip(TINY["stablelm"]).save_pretrained(tmp_path / "tower")
+    with edit_tensors(tmp_path / "tower") as tensors:
+        (key,) = (key for key in tensors if key.endswith("patch_embedding.weight"))
+        tensors[key] = torch.ones(())
+    with pytest.raises(CheckpointError, match="not a CLIP"):
+        read_checkpoint(towerless, vision_tower=tmp_path / "tower")
+
+
+@pytest.mark.parametrize("rows", [None, 194])
+def test_a_fused_matrix_that_has_no_thirds_is_refused(tmp_path: Path, rows: int | None) -> None:
+    """What is left over of 194 rows would be passed over."""
+    folder = write(tmp_path / "out", PRESETS["tiny-qwen"])
+    with edit_tensors(folder) as tensors:
+        key = "transformer.h.0.attn.c_attn.weight"
+        tensors[key] = torch.ones(()) if rows is None else torch.ones(rows, 64)
+    with pytest.raises(CheckpointError, match="c_attn"):
+        read_checkpoint(folder)
+
+
+def test_the_residual_of_moe_llava_is_not_taken_for_med_moes(tmp_path: Path) -> None:
+    folder = write(tmp_path / "out", with_moe(TINY["stablelm"], use_residual=True))
+    with edit_tensors(folder) as tensors:
+        for key in [key for key in tensors if META in key]:
+            tensors[key.replace(META, ".mlp.")] = tensors.pop(key)
+    without(folder, BIAS)
+    with pytest.raises(ConfigError, match="not implemented"):
+        read_checkpoint(folder)
 
 
 def test_a_tower_with_another_activation_is_refused(towerless: Path, tmp_path: Path) -> None:
@@ -778,6 +868,39 @@ def test_a_truncated_shard_is_named(folder: Path, keep: int) -> None:
         read_checkpoint(folder)
 
 
+def test_a_file_that_was_never_filled_is_refused(folder: Path) -> None:
+    """Its header and its size are right: room was made for all of it, and then the copy ended."""
+    key = "model.layers.2.self_attn.v_proj.weight"
+    with edit_tensors(folder) as tensors:
+        tensors["model.layers.1.self_attn.o_proj.weight"].zero_()  # a layer that adds nothing
+        tensors[key][1:] = 0
+    assert len(list(read_checkpoint(folder))) > 100
+    with edit_tensors(folder) as tensors:
+        tensors[key].zero_()
+    with pytest.raises(CheckpointError, match=r"attention\.v\.weight is all zeros"):
+        list(read_checkpoint(folder))
+
+
+def test_a_download_that_aria2_did_not_end_is_refused(folder: Path) -> None:
+    """It makes room first, and its segments leave holes anywhere."""
+    (shard,) = folder.glob("*.safetensors")
+    control = shard.with_name(f"{shard.name}.aria2")
+    control.touch()
+    with pytest.raises(CheckpointError, match="not downloaded whole"):
+        read_checkpoint(folder)
+    control.unlink()
+    read_checkpoint(folder)
+
+
+def test_what_zero_3_did_not_gather_is_refused(folder: Path) -> None:
+    with edit_tensors(folder) as tensors:
+        for key in tensors:
+            tensors[key] = torch.empty(0)
+    with pytest.raises(CheckpointError, match="is empty") as caught:
+        read_checkpoint(folder)
+    assert "zero_to_fp32.py" in caught.value.remedy
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "\udcff", "[" * 100_000])
 def test_broken_json_is_refused(folder: Path, text: str) -> None:
     (folder / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -791,6 +914,15 @@ def test_broken_json_is_refused(folder: Path, text: str) -> None:
 def test_a_broken_index_is_refused(folder: Path, index: dict[str, Any]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"index\.json"):
+        read_checkpoint(folder)
+
+
+def test_an_index_that_names_no_possible_file(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][next(iter(index["weight_map"]))] = "a\0b"
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="names the shard"):
         read_checkpoint(folder)
 
 

@@ -220,6 +220,12 @@ def with_one_more(folder: Path) -> None:
     save_single(tensors | {"experts.6.x": torch.zeros(1)}, folder)
 
 
+def never_filled(folder: Path) -> None:
+    tensors = load_file(folder / SHARD)
+    tensors["text.word_embedding.weight"].zero_()
+    save_single(tensors, folder)
+
+
 def save_single(tensors: dict[str, torch.Tensor], folder: Path) -> None:
     (folder / INDEX).unlink()
     save_file(tensors, folder / "model.safetensors")
@@ -229,7 +235,7 @@ def save_single(tensors: dict[str, torch.Tensor], folder: Path) -> None:
     "damage",
     [
         *(no_config, of_med_moe, unknown_key, huge, cut_short, without_a_shard),
-        *(without_a_tensor, with_one_more),
+        *(without_a_tensor, with_one_more, never_filled),
     ],
 )
 def test_a_damaged_folder_is_refused(damage: Callable[[Path], None], tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """MedMoE asked: labels, places, and what it refuses; and that a heat map lies over its picture."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,9 @@ class Fixed:
         regions = self.regions[None]
         return ImageFeatures(regions, regions.mean((1, 2)), self.logits)
 
+    def check_whole(self, texts: Sequence[str]) -> None:
+        """Texts of any length."""
+
     def encode_texts(self, texts: Sequence[str]) -> TextFeatures:
         self.encoded.append(list(texts))
         ones = np.ones((len(texts), 1, 16), np.float32)
@@ -111,6 +114,21 @@ def test_a_label_is_as_similar_as_its_best_prompt(engine: ModalityEngine) -> Non
     assert found.similarities["effusion"] == pytest.approx(max(each.values()), abs=1e-6)
     alone = engine.classify(picture(), ["mass"])
     assert found.similarities["mass"] == pytest.approx(alone.similarities["mass"], abs=1e-6)
+
+
+def test_a_text_that_would_be_cut_is_refused(engine: ModalityEngine) -> None:
+    """Both would be read alike: what tells them apart stands at the end."""
+    long = "a " * (TINY.text.max_pieces - 3)
+    engine.classify(picture(), [f"{long} b", "effusion"])
+    asked: list[Callable[[], object]] = [
+        lambda: engine.classify(picture(), [f"{long} b c", f"{long} b"]),
+        lambda: engine.locate(picture(), f"{long} b c"),
+        lambda: engine.embed_text(f"{long} b c"),
+        lambda: engine.embed_text("a" + " " * 10_000 + "b"),
+    ]
+    for ask in asked:
+        with pytest.raises(InputError, match="more than the 23 word pieces"):
+            ask()
 
 
 def test_labels_given_twice_or_with_spaces_count_once(engine: ModalityEngine) -> None:
