@@ -208,8 +208,8 @@ class PagedOrtRuntime(OrtRuntime):
         assert bundle.config.moe is not None
         # a budget that is too small is refused here, before any session is opened
         self.experts: PagedExperts[OrtExpert] = pager.open(store, bundle.config.moe.top_k)
-        super().__init__(bundle)
         weakref.finalize(self, self.experts.close_later).atexit = False
+        super().__init__(bundle)
         ahead: Ahead = "all" if budget is None else "expected"
         self._routing = RequestRouting(bundle, self.experts, ahead if prefetch else "none")
 

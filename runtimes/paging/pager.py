@@ -117,6 +117,7 @@ class ExpertPager:
         self.changed = Condition()  # guards all below; notified of every change
         self.slots: dict[tuple[int, Expert], _Slot] = {}
         self.scratch = 0
+        self.needs: dict[PagedExperts[Any], tuple[int, int]] = {}  # open: a layer's bytes, scratch
         self.used = 0
         self._clock = 0
         self._loading = 0
@@ -126,17 +127,22 @@ class ExpertPager:
     def open(self, store: Store[T], at_once: int) -> "PagedExperts[T]":
         """The experts of one model, of which one layer needs `at_once` together.
 
-        Raises `InputError` for a budget that is too small, with the least that works.
+        Raises `InputError` for a budget that is too small, with the least that works: the loading
+        of this one's experts must leave room for a layer of each that was opened before.
         """
-        least = least_budget(store, at_once, self.at_once)
-        if self.budget < least:
-            raise InputError(
-                f"A memory budget of {self.budget:,} bytes is too small for this model.",
-                f"One layer's experts and the loading of one take {least:,} bytes: allow as many.",
-            )
+        experts, own = PagedExperts(self, store), at_once * max(store.sizes.values())
         with self.changed:
-            self.scratch = max(self.scratch, store.scratch)
-        return PagedExperts(self, store)
+            needs = {**self.needs, experts: (own, store.scratch)}
+            layer, scratch = map(max, zip(*needs.values(), strict=True))
+            least = layer + self.at_once * scratch
+            if self.budget < least:
+                raise InputError(
+                    f"A memory budget of {self.budget:,} bytes is too small for this model.",
+                    f"One layer's experts and the loading of one take {least:,} bytes: allow as "
+                    "many.",
+                )
+            self.needs, self.scratch = needs, scratch
+        return experts
 
     @property
     def capacity(self) -> int:
@@ -189,12 +195,17 @@ class ExpertPager:
     def release_all(self, owner: "PagedExperts[Any]") -> None:
         """Release a model's experts, once none of them is pinned."""
         with self.changed:
-            own = [slot for slot in self.slots.values() if slot.owner is owner]
-            while any(slot.pins for slot in own):
+            while any(slot.pins for slot in self._own(owner)):
                 self.changed.wait()
-            for slot in own:
+            for slot in self._own(owner):
                 self._drop(slot)
+            self.needs.pop(owner, None)
+            self.scratch = max((scratch for _, scratch in self.needs.values()), default=0)
             self.changed.notify_all()
+
+    def _own(self, owner: "PagedExperts[Any]") -> list[_Slot]:
+        """As they are now: others may take their places while one waits."""
+        return [slot for slot in self.slots.values() if slot.owner is owner]
 
     def _make_room(
         self, owner: "PagedExperts[Any]", wanted: Sequence[Expert], below: float | None = None
