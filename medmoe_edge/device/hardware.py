@@ -19,7 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from medmoe_edge._types import there
-from medmoe_edge.bundle.machine import cpu_features_here, cpu_name, memory_here
+from medmoe_edge.bundle.machine import (
+    cpu_features_here,
+    cpu_name,
+    machine_memory,
+    memory_here,
+)
 from medmoe_edge.config import Config
 from medmoe_edge.errors import ConfigError, DataError, InputError, Told, did_you_mean, shown_bytes
 from medmoe_edge.export.jetson import find_jetson
@@ -158,7 +163,10 @@ def find_device(name: str) -> Device:
     if name == HERE:
         features = [feature for feature, there in cpu_features_here().items() if there]
         title = f"{cpu_name()} ({', '.join(features) or 'no known extension'})"
-        return Device(HERE, title, "cpu", memory_here(), None)
+        memory = memory_here()
+        # of a container's or a service's the system keeps nothing, but of what is around it
+        kept = max(2 * GB - (machine_memory() - memory), 0)
+        return Device(HERE, title, "cpu", memory, None, kept)
     if name.endswith(FILES):
         return read_device(Path(name))
     if name not in DEVICES:
