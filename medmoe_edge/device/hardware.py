@@ -27,6 +27,7 @@ from medmoe_edge.bundle.machine import (
 )
 from medmoe_edge.config import Config
 from medmoe_edge.errors import ConfigError, DataError, InputError, Told, did_you_mean, shown_bytes
+from medmoe_edge.export.gpus import GPUS, Library
 from medmoe_edge.export.jetson import find_jetson
 from medmoe_edge.runtimes.costs import NUMBER, Kind, Precision, Speed
 
@@ -174,6 +175,14 @@ def find_device(name: str) -> Device:
         known = f"Use one of: {', '.join(names)}; or a file of your own (.toml)."
         raise InputError(f"There is no device {name!r}.", f"{did_you_mean(name, names)}{known}")
     return DEVICES[name]
+
+
+def engine_of(device: Device) -> tuple[Library, str]:
+    """The library for a GPU's engines, and what `--gpu` calls it: GPU, of a name unknown there."""
+    names = (device.name, device.name.partition("-")[0])
+    if name := next((name for name in names if name in GPUS), None):
+        return GPUS[name].library, name
+    return ("tensorrt" if device.kind == "jetson" else "tensorrt-rtx"), "GPU"
 
 
 _LIMITS = {  # of a device: the least and most that make sense
