@@ -374,7 +374,7 @@ def find_gpus(nvml: Any) -> Gpus | None:
         version = nvml.nvmlSystemGetCudaDriverVersion()  # 13000: 13.0
         devices = tuple(_gpu(nvml, handle) for handle in handles)
         driver = nvml.nvmlSystemGetDriverVersion()
-        return Gpus(driver, (version // 1000, version % 1000 // 10), devices)
+        return Gpus(driver, (version // 1000, version % 1000 // 10), devices) if devices else None
     except nvml.NVMLError:  # Jetson's NVML answers only some questions
         return None
     finally:
