@@ -415,17 +415,17 @@ class Extent:
 class ExpertFile:
     """The routed experts in their file of a bundle, kept open until this is collected.
 
-    `check` says when an expert's hash is compared with the manifest's: when it is "first" read,
-    "always" or "never". With `drop_pages` what was read does not stay in the kernel's page cache:
-    the memory is really free, and the expert's next load reads the storage again. Raises
-    `BundleError` where the bundle says no hashes of single experts.
+    `check` says when an expert's hash is compared with the manifest's: when it is "first" read from
+    the file as it is, "always" or "never". With `drop_pages` what was read does not stay in the
+    kernel's page cache: the memory is really free, and the expert's next load reads the storage
+    again. Raises `BundleError` where the bundle says no hashes of single experts.
     """
 
     def __init__(self, bundle: Bundle, *, check: Check = "first", drop_pages: bool = False) -> None:
         self.extents = read_extents(bundle)
         self._check, self._drop_pages = check, drop_pages
         self._path = bundle.path(bundle.manifest["paging"].get("file", "decoder.data"))
-        self._checked: set[Expert] = set()
+        self._checked: set[tuple[Expert, int, int]] = set()  # and of which size and time the file
         self._file = self._path.open("rb", buffering=0)
         weakref.finalize(self, self._file.close)
 
@@ -441,7 +441,7 @@ class ExpertFile:
 
     def read(self, expert: Expert, *into: Bytes) -> None:
         """Read one to the front of `into`; raises `BundleError` for bytes that are not its own."""
-        extent = self.extents[expert]
+        extent, file = self.extents[expert], os.fstat(self._file.fileno())
         content = _cut([part.data for part in into], extent.bytes)
         start = extent.offset
         for part in content:
@@ -450,13 +450,14 @@ class ExpertFile:
             start += len(part)
         if self._drop_pages:
             self._advise(extent, "POSIX_FADV_DONTNEED")
-        if self._check == "always" or (self._check == "first" and expert not in self._checked):
+        seen = expert, file.st_size, file.st_mtime_ns
+        if self._check == "always" or (self._check == "first" and seen not in self._checked):
             digest = hashlib.sha256()
             for part in content:
                 digest.update(part)
             if digest.hexdigest() != extent.sha256:
                 raise self._damaged(extent)
-            self._checked.add(expert)
+            self._checked.add(seen)
 
     def _advise(self, extent: Extent, advice: str) -> None:
         if hasattr(os, "posix_fadvise"):
