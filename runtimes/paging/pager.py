@@ -330,7 +330,7 @@ class PagedExperts(Generic[T]):
         """Load these in the background, in order, in the place of earlier wishes."""
         self._wishes = deque(self.announce(experts))
         for _ in range(min(len(self._wishes), self.pager.at_once)):
-            self.pager.ahead.submit(self._fetch)
+            self._fetch_later()
 
     def announce(self, experts: Iterable[Expert]) -> list[Expert]:
         """Let the store know which will be loaded: those of `experts` that are absent."""
@@ -371,20 +371,24 @@ class PagedExperts(Generic[T]):
             self.counts.late += 1
 
     def _fetch(self) -> None:
-        while self._wishes:
-            try:
-                expert = self._wishes.popleft()
-            except IndexError:  # taken back meanwhile
-                return
-            slot = self.pager.claim_ahead(self, expert)
-            if slot is None:
-                continue
-            try:
+        """One of the wishes, and then the next: a task each, as none begins when Python ends."""
+        try:
+            expert = self._wishes.popleft()
+        except IndexError:  # fulfilled, or taken back
+            return
+        slot = self.pager.claim_ahead(self, expert)
+        try:
+            if slot is not None:
                 self.pager.fill(slot, urgent=False)
-            except MedMoEError as error:  # the request that needs it will meet it itself
-                logger.debug("Expert %s was not fetched ahead: %s", expert, error)
-            finally:
-                self.pager.unpin([slot])
+        except MedMoEError as error:  # the request that needs it will meet it itself
+            logger.debug("Expert %s was not fetched ahead: %s", expert, error)
+        finally:
+            self.pager.unpin([slot] if slot else [])
+        self._fetch_later()
+
+    def _fetch_later(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the interpreter ends
+            self.pager.ahead.submit(self._fetch)
 
 
 def least_budget(store: Store[Any], at_once: int, loads: int = 1) -> int:

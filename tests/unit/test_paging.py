@@ -99,7 +99,11 @@ def elsewhere(work: Callable[[], None]) -> Iterator[None]:
 
 def settle(experts: PagedExperts[Any]) -> None:
     """Until nothing is fetched ahead any more."""
-    experts.pager.ahead.submit(lambda: None).result(PATIENCE)
+    while True:
+        last = not experts._wishes
+        experts.pager.ahead.submit(lambda: None).result(PATIENCE)
+        if last:
+            return
 
 
 # --- what stays -------------------------------------------------------------------------------
@@ -372,6 +376,27 @@ def test_closing_waits_for_a_load_that_fails() -> None:
         go.set()
     assert store.resident == set()
     assert experts.pager.used == 0
+
+
+def test_what_is_not_loaded_yet_when_python_ends_is_not_waited_for() -> None:
+    """It ends a pool first, and then waits for what its threads do."""
+    store, experts = paged(4)
+    loading, go = threading.Event(), threading.Event()
+
+    def wait(_: Expert) -> None:
+        loading.set()
+        assert go.wait(PATIENCE)
+
+    store.before = wait
+    experts.expect(dict.fromkeys(store.sizes, 1.0))
+    experts.prefetch([(0, 0), (0, 1), (0, 2), (0, 3)])
+    assert loading.wait(PATIENCE)
+    with elsewhere(experts.pager.ahead.shutdown):
+        while not experts.pager.ahead._shutdown:
+            pass
+        go.set()
+    assert store.resident == {(0, 0)}
+    touch(experts, (0, 1))
 
 
 def test_two_requests_share_what_they_both_need() -> None:
