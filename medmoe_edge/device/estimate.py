@@ -449,7 +449,7 @@ class Fit(Told):
         fewer = f"{tokens} image tokens (export --image-tokens), " if tokens else ""
         return ResourceError(
             f"{self.model} does not answer within {self.latency:g} s on {self.device.name}: "
-            f"{self.nearest.precision} takes {took:.3g} s for {self.new_tokens} tokens.",
+            f"{self.nearest.precision} takes {took:,.2f} s for {self.new_tokens} tokens.",
             f"It would take {fewer}a shorter answer (--new-tokens) or a faster device.",
         )
 
