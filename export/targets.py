@@ -274,7 +274,7 @@ class TargetOptions:
 
     Attributes:
         target: Which one.
-        gpu: What engines are built for; None: the GPU of this machine.
+        gpu: What engines are built for, a name of `gpus.GPUS`; None: no engines are.
         dtype: Of activations and cache.
         positions: Of the cache; None: as many as the model has.
         paged: Whether experts are paged.

@@ -42,6 +42,7 @@ NARROW, WIDENED = 2.5, 4.5  # bits of a weight in 2 bits and in 4, in groups of 
 NUMBER = {"gpu": 2, "jetson": 2, "cpu": 4}  # bytes of an activation: fp16, or fp32
 # Bytes of the process without a model: Python and ONNX Runtime; CUDA's context and TensorRT besides
 PROCESS = {"gpu": 600 * 10**6, "jetson": 600 * 10**6, "cpu": 110 * 10**6}
+COPIES = 2  # of an expert's stored bytes while a CPU loads it, beside the packed ones
 PREFILL_AT_ONCE = 384  # tokens of a prefill that a CPU computes together
 # Activations of a prefill are held so many times over, by kernels and the allocator: measured on a
 # CPU at full size, assumed elsewhere.

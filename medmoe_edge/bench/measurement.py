@@ -11,7 +11,7 @@ from typing import Self, TypeVar
 import numpy as np
 import psutil
 
-from medmoe_edge.bundle.machine import peak_memory
+from medmoe_edge.bundle.machine import available_memory, peak_memory
 
 Result = TypeVar("Result")
 SLOT = 0.2  # seconds at least of a turn
@@ -147,5 +147,6 @@ def storage() -> dict[str, int | None]:
 
 
 def available() -> int:
-    """Bytes that a new process may take without swapping."""
-    return int(psutil.virtual_memory().available)
+    """Bytes that a new process may take without swapping, in the control groups of this one."""
+    free = available_memory()
+    return int(psutil.virtual_memory().available) if free is None else free

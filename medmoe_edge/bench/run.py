@@ -25,7 +25,7 @@ from medmoe_edge.bundle.machine import Arithmetic, cpu_flags, cpu_name, memory_h
 from medmoe_edge.config import DecoderConfig
 from medmoe_edge.embedded import EMBEDDED, checkpoint_path
 from medmoe_edge.errors import Told, plain
-from medmoe_edge.runtimes.costs import Precision, bits_per_weight, step_work
+from medmoe_edge.runtimes.costs import Asked, Precision, bits_per_weight, step_work
 from medmoe_edge.runtimes.ort.runtime import int8_arithmetic
 
 ROUNDS = 5
@@ -277,8 +277,12 @@ class _Run:
 def decode_bytes(bundle: Bundle, shape: Shape) -> float:
     """Bytes of weights and KV cache that a token in the middle of the answer reads."""
     precision: Precision = bundle.manifest["quantisation"]["precision"]
+    asked = Asked.of_bundle(bundle)
     work = step_work(bundle.config, 1, shape.prompt + shape.new // 2)
-    weights = (n * bits_per_weight(kind, precision) / 8 for kind, n in work.weights.items())
+    weights = (
+        n * bits_per_weight(kind, precision, asked.group, asked.deltas) / 8
+        for kind, n in work.weights.items()
+    )
     return sum(weights) + CACHE_NUMBER * work.cache
 
 

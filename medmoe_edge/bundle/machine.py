@@ -15,7 +15,6 @@ from medmoe_edge.config import Config
 from medmoe_edge.errors import ResourceError
 
 CPU_INFO = Path("/proc/cpuinfo")
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, version 2
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 SYSTEM, MEMORY_INFO, MEMBERSHIP = Path("/"), "proc/meminfo", "proc/self/cgroup"
 M_ARENA_MAX = -8  # malloc.h
@@ -141,13 +140,13 @@ def cpu_features(info: str) -> dict[str, bool]:
     return {name: flag in flags for flag, name in names.items()}
 
 
-def memory_here(limit: Path = CGROUP_LIMIT) -> int:
-    """Bytes of memory of this machine, or of the container that it is."""
-    memory = _memory()
-    try:
-        return min(memory, int(limit.read_text()))
-    except (OSError, ValueError):  # no such group, or its limit is "max"
-        return memory
+def memory_here(system: Path = SYSTEM) -> int:
+    """Bytes of memory of this machine, or that the control groups around this process allow.
+
+    `system` is that of `available_memory`.
+    """
+    limits = (limit for group, names in _groups(system) for limit in _limits(group, names))
+    return min((machine_memory(), *limits))
 
 
 class _MemoryStatus(ctypes.Structure):
@@ -162,8 +161,8 @@ class _MemoryStatus(ctypes.Structure):
     )
 
 
-def _memory() -> int:
-    """Bytes of memory of the machine."""
+def machine_memory() -> int:
+    """Bytes of memory of the machine, of which this process may be allowed a part."""
     if hasattr(os, "sysconf"):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(_windows_memory().total)
@@ -233,8 +232,16 @@ def call_glibc(name: str, *arguments: int) -> None:
 def _left_by_groups(system: Path) -> Iterator[float]:
     """What each control group of memory leaves, those around it included; infinite without one."""
     yield math.inf
-    for line in _text(system / MEMBERSHIP).splitlines():
-        _, controllers, path = line.split(":", 2)
+    for group, names in _groups(system):
+        used, cached = _number(group / names.usage), _cached(group / names.stat, names.cached)
+        if used is not None:
+            yield from (limit - (used - cached) for limit in _limits(group, names))
+
+
+def _groups(system: Path) -> Iterator[tuple[Path, GroupFiles]]:
+    """The control groups of memory that this process is in, as far as they can be seen."""
+    for line in _text(system / MEMBERSHIP).splitlines() or ["0::/"]:
+        controllers, _, path = line.partition(":")[2].partition(":")
         names = GROUP_FILES.get("memory" if "memory" in controllers.split(",") else controllers)
         if names is None:
             continue
@@ -243,10 +250,12 @@ def _left_by_groups(system: Path) -> Iterator[float]:
         for group in (root / path.lstrip("/"), *(root / path.lstrip("/")).parents):
             if not group.is_relative_to(root):
                 break
-            used, cached = _number(group / names.usage), _cached(group / names.stat, names.cached)
-            if used is not None:
-                limits = (_number(group / name) for name in names.limits)
-                yield from (limit - (used - cached) for limit in limits if limit is not None)
+            yield group, names
+
+
+def _limits(group: Path, names: GroupFiles) -> Iterator[int]:
+    limits = (_number(group / name) for name in names.limits)
+    return (limit for limit in limits if limit is not None)
 
 
 def _number(path: Path) -> int | None:

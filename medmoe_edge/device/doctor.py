@@ -242,8 +242,9 @@ def diagnose(machine: Machine, ort: Ort, version: Versions) -> Diagnosis:
 
 def look_at_machine() -> Machine:
     """Ask the system; takes some milliseconds."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    there = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache")
+    # of a folder that may not be looked into, `Path.is_dir` raises
+    there = next(folder for folder in (cache, *cache.parents) if os.path.isdir(folder))
     nvml = _module("pynvml")
     return Machine(
         system=platform.platform(terse=True),
@@ -257,6 +258,13 @@ def look_at_machine() -> Machine:
         gpus=find_gpus(nvml) if nvml else None,
         jetson=find_jetson(),
     )
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:  # no HOME, and a user without a name, as containers may have
+        return Path("/")
 
 
 def look_at_onnxruntime() -> Ort:

@@ -26,6 +26,7 @@ from medmoe_edge.device.hardware import (
     GPU_PRECISIONS,
     HERE,
     Device,
+    engine_of,
     find_device,
     nominal_speeds,
 )
@@ -42,6 +43,7 @@ from medmoe_edge.errors import (
 from medmoe_edge.export.gpus import MOST_ENGINES, build_memory
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.runtimes.costs import (
+    COPIES,
     GROUP,
     NEW_TOKENS,
     NUMBER,
@@ -386,17 +388,20 @@ def _expert_budget(
 ) -> tuple[int | None, int]:
     """What paging may keep of the stored experts, and how many bytes of memory are missing.
 
-    At least the experts that one layer chooses for a token must be resident.
+    At least what a token chooses must be resident: on a GPU, whose steps do not stop, in all
+    layers; on a CPU in one, beside the loading of one. TensorRT proper pages none.
     """
     spare = device.usable - memory
     if spare >= 0:
         return None, 0
     moe = asked.config.moe
-    if moe is None or moe.merged or (asked.deltas and not asked.deltas.paged):
+    whole = device.kind != "cpu" and engine_of(device)[0] == "tensorrt"
+    if whole or moe is None or moe.merged or (asked.deltas and not asked.deltas.paged):
         return 0, -spare
-    experts = experts_bytes(asked, precision)
+    experts, layers = experts_bytes(asked, precision), len(moe.layers)
     ratio = held_ratio(device.kind, precision, asked)
-    least = experts * moe.top_k // (moe.num_experts * len(moe.layers))
+    chosen = moe.top_k + COPIES / ratio if device.kind == "cpu" else moe.top_k * layers
+    least = math.ceil(experts * chosen / (moe.num_experts * layers))
     budget = experts + math.floor(spare / ratio)
     return (budget, 0) if budget >= least else (0, round((least - budget) * ratio))
 
@@ -444,7 +449,7 @@ class Fit(Told):
         fewer = f"{tokens} image tokens (export --image-tokens), " if tokens else ""
         return ResourceError(
             f"{self.model} does not answer within {self.latency:g} s on {self.device.name}: "
-            f"{self.nearest.precision} takes {took:.3g} s for {self.new_tokens} tokens.",
+            f"{self.nearest.precision} takes {took:,.2f} s for {self.new_tokens} tokens.",
             f"It would take {fewer}a shorter answer (--new-tokens) or a faster device.",
         )
 
@@ -463,9 +468,10 @@ def fit(model: str, options: PlanOptions, latency: float) -> Fit:
     device, tokens = find_device(options.device), config.vision.image_tokens
     shown = chosen or nearest
     total = config.moe.num_experts * len(config.moe_layers) if config.moe else 0
-    share = 1.0
+    resident = total
     if shown and shown.expert_budget is not None and shown.experts:
-        share = shown.expert_budget / shown.experts
+        loading = COPIES if device.kind == "cpu" else 0  # which takes the place of so many
+        resident = max(total * shown.expert_budget // shown.experts - loading, 1)
     return Fit(
         model=model,
         device=device,
@@ -475,7 +481,7 @@ def fit(model: str, options: PlanOptions, latency: float) -> Fit:
         nearest=None if chosen else nearest,
         image_tokens=tokens if chosen else _image_tokens(config, nearest, options, latency),
         experts=total,
-        resident_experts=int(total * share),
+        resident_experts=resident,
         commands=_commands(model, device, chosen, options) if chosen else (),
     )
 
@@ -531,11 +537,11 @@ def _commands(
     asked = 'medmoe-edge ask scan.png "Is there effusion?" --model '
     budget = ""
     if chosen.expert_budget is not None:
-        budget = f" --memory-budget {chosen.expert_budget // 10**6}MB"
+        percent = math.floor(1e4 * chosen.expert_budget / chosen.experts) / 100
+        budget = f" --memory-budget {percent:g}%"
     if device.kind == "cpu":
         return (export, f"{asked}portable{budget}")
-    target = "tensorrt" if device.kind == "jetson" else "tensorrt-rtx"
-    gpu = f" --gpu {device.name}" if device.kind == "gpu" else ""
+    target, gpu = engine_of(device)
     paged = " --paged" if budget else ""
-    build = f"medmoe-edge export portable --target {target}{gpu}{paged} -o engines"
+    build = f"medmoe-edge export portable --target {target} --gpu {gpu}{paged} -o engines"
     return (export, build, f"{asked}engines{budget}")

@@ -19,9 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from medmoe_edge._types import there
-from medmoe_edge.bundle.machine import cpu_features_here, cpu_name, memory_here
+from medmoe_edge.bundle.machine import (
+    cpu_features_here,
+    cpu_name,
+    machine_memory,
+    memory_here,
+)
 from medmoe_edge.config import Config
 from medmoe_edge.errors import ConfigError, DataError, InputError, Told, did_you_mean, shown_bytes
+from medmoe_edge.export.gpus import GPUS, Library
 from medmoe_edge.export.jetson import find_jetson
 from medmoe_edge.runtimes.costs import NUMBER, Kind, Precision, Speed
 
@@ -158,7 +164,10 @@ def find_device(name: str) -> Device:
     if name == HERE:
         features = [feature for feature, there in cpu_features_here().items() if there]
         title = f"{cpu_name()} ({', '.join(features) or 'no known extension'})"
-        return Device(HERE, title, "cpu", memory_here(), None)
+        memory = memory_here()
+        # of a container's or a service's the system keeps nothing, but of what is around it
+        kept = max(2 * GB - (machine_memory() - memory), 0)
+        return Device(HERE, title, "cpu", memory, None, kept)
     if name.endswith(FILES):
         return read_device(Path(name))
     if name not in DEVICES:
@@ -166,6 +175,14 @@ def find_device(name: str) -> Device:
         known = f"Use one of: {', '.join(names)}; or a file of your own (.toml)."
         raise InputError(f"There is no device {name!r}.", f"{did_you_mean(name, names)}{known}")
     return DEVICES[name]
+
+
+def engine_of(device: Device) -> tuple[Library, str]:
+    """The library for a GPU's engines, and what `--gpu` calls it: GPU, of a name unknown there."""
+    names = (device.name, device.name.partition("-")[0])
+    if name := next((name for name in names if name in GPUS), None):
+        return GPUS[name].library, name
+    return ("tensorrt" if device.kind == "jetson" else "tensorrt-rtx"), "GPU"
 
 
 _LIMITS = {  # of a device: the least and most that make sense
@@ -357,7 +374,7 @@ def find_gpus(nvml: Any) -> Gpus | None:
         version = nvml.nvmlSystemGetCudaDriverVersion()  # 13000: 13.0
         devices = tuple(_gpu(nvml, handle) for handle in handles)
         driver = nvml.nvmlSystemGetDriverVersion()
-        return Gpus(driver, (version // 1000, version % 1000 // 10), devices)
+        return Gpus(driver, (version // 1000, version % 1000 // 10), devices) if devices else None
     except nvml.NVMLError:  # Jetson's NVML answers only some questions
         return None
     finally:

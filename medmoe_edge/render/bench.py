@@ -352,7 +352,7 @@ def show_comparison(comparison: "Measured") -> None:
 
 def seconds(value: float) -> str:
     """A time for people: 2.31 s, or 12.4 ms."""
-    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
+    return f"{value:.2f} s" if value >= 0.9995 else f"{1000 * value:.3g} ms"
 
 
 def _verdict(forecast: "Forecast") -> str:

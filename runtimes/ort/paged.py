@@ -34,6 +34,7 @@ from medmoe_edge.bundle.machine import call_glibc, return_free_memory
 from medmoe_edge.config import Device
 from medmoe_edge.errors import BundleError, ResourceError
 from medmoe_edge.runtimes.base import Cache, Step
+from medmoe_edge.runtimes.costs import COPIES
 from medmoe_edge.runtimes.ort.runtime import (
     CPU,
     OPENED_AT_ONCE,
@@ -64,7 +65,6 @@ from medmoe_edge.runtimes.slots.slots import (
     Table,
 )
 
-COPIES = 2  # of an expert's stored bytes while it is loaded, beside the packed ones
 SESSION = 2**18  # bytes that a session takes beside its weights
 M_MMAP_THRESHOLD = -3  # malloc.h
 MAPPED = 10 * 2**20  # bytes: less than a matrix of a whole expert, more than most activations
@@ -208,8 +208,8 @@ class PagedOrtRuntime(OrtRuntime):
         assert bundle.config.moe is not None
         # a budget that is too small is refused here, before any session is opened
         self.experts: PagedExperts[OrtExpert] = pager.open(store, bundle.config.moe.top_k)
-        super().__init__(bundle)
         weakref.finalize(self, self.experts.close_later).atexit = False
+        super().__init__(bundle)
         ahead: Ahead = "all" if budget is None else "expected"
         self._routing = RequestRouting(bundle, self.experts, ahead if prefetch else "none")
 

@@ -17,13 +17,14 @@ of one `DynamicQuantizeMatMul` with the largest products there are shows it.
 import contextlib
 import io
 import logging
+import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -253,11 +254,17 @@ OPENED_AT_ONCE = 2  # memory's bandwidth is the bound
 
 SPIN_MICROSECONDS = 100
 
+WEIGHTS = ("*.data", "*.npy")  # files of a bundle
+
 
 class EarlySessions:
     """Sessions of some graphs by name, opened in their order; who needs one waits for it.
 
     What opening raised is raised then. Once nobody knows the sessions, no more are opened.
+
+    ONNX Runtime maps the weights that it does not pack. Who writes into such a file, as `cp` over a
+    bundle in use does, mixes two models, and who cuts it ends the process: `check` tells before
+    they are read. A file that is removed or replaced stays what it was for those who have it open.
     """
 
     def __init__(
@@ -271,9 +278,30 @@ class EarlySessions:
         }
         threads.shutdown(wait=False)  # a thread ends when nothing is left to open
         weakref.finalize(self, threads.shutdown, wait=False, cancel_futures=True)
+        folders = {path.parent for path in graphs}
+        weights = [path for folder in folders for form in WEIGHTS for path in folder.glob(form)]
+        files = contextlib.ExitStack()
+        weakref.finalize(self, files.close)
+        self._weights = [(path, files.enter_context(path.open("rb"))) for path in weights]
+        self._states = [_state(file) for _, file in self._weights]
 
     def __getitem__(self, name: str) -> ort.InferenceSession:
+        self.check()
         return self._opening[name].result()
+
+    def check(self) -> None:
+        """Raise `BundleError` where weights were changed in their place since this was made."""
+        for (path, file), state in zip(self._weights, self._states, strict=True):
+            if _state(file) != state:
+                raise BundleError(
+                    f"{path} was changed while it was in use.",
+                    "Load the model again, which checks it; put a new bundle into another folder.",
+                )
+
+
+def _state(file: IO[bytes]) -> tuple[int, int]:
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns
 
 
 def open_session(
@@ -406,12 +434,14 @@ class OrtRuntime:
         self._embedding = EmbeddingTable(bundle.path("embedding.npy"))
 
     def encode_image(self, pixels: Floats) -> Floats:
-        """Normalised pixels `[1, 3, S, S]` to image tokens `[N, D]`."""
+        """Normalised pixels `[1, 3, S, S]` to image tokens `[N, D]`; raises as `embed` does."""
+        self._sessions.check()
         outputs = self._vision.run(["image_tokens"], {"pixels": pixels})
         return np.asarray(outputs[0], np.float32).squeeze(0)
 
     def embed(self, ids: list[int]) -> Floats:
-        """Token ids to embeddings `[S, D]`."""
+        """Token ids to embeddings `[S, D]`; raises `BundleError` where weights were changed."""
+        self._sessions.check()
         return self._embedding[ids]
 
     def new_cache(self, capacity: int) -> OrtCache:

@@ -117,6 +117,7 @@ class ExpertPager:
         self.changed = Condition()  # guards all below; notified of every change
         self.slots: dict[tuple[int, Expert], _Slot] = {}
         self.scratch = 0
+        self.needs: dict[PagedExperts[Any], tuple[int, int]] = {}  # open: a layer's bytes, scratch
         self.used = 0
         self._clock = 0
         self._loading = 0
@@ -126,17 +127,22 @@ class ExpertPager:
     def open(self, store: Store[T], at_once: int) -> "PagedExperts[T]":
         """The experts of one model, of which one layer needs `at_once` together.
 
-        Raises `InputError` for a budget that is too small, with the least that works.
+        Raises `InputError` for a budget that is too small, with the least that works: the loading
+        of this one's experts must leave room for a layer of each that was opened before.
         """
-        least = least_budget(store, at_once, self.at_once)
-        if self.budget < least:
-            raise InputError(
-                f"A memory budget of {self.budget:,} bytes is too small for this model.",
-                f"One layer's experts and the loading of one take {least:,} bytes: allow as many.",
-            )
+        experts, own = PagedExperts(self, store), at_once * max(store.sizes.values())
         with self.changed:
-            self.scratch = max(self.scratch, store.scratch)
-        return PagedExperts(self, store)
+            needs = {**self.needs, experts: (own, store.scratch)}
+            layer, scratch = map(max, zip(*needs.values(), strict=True))
+            least = layer + self.at_once * scratch
+            if self.budget < least:
+                raise InputError(
+                    f"A memory budget of {self.budget:,} bytes is too small for this model.",
+                    f"One layer's experts and the loading of one take {least:,} bytes: allow as "
+                    "many.",
+                )
+            self.needs, self.scratch = needs, scratch
+        return experts
 
     @property
     def capacity(self) -> int:
@@ -189,12 +195,17 @@ class ExpertPager:
     def release_all(self, owner: "PagedExperts[Any]") -> None:
         """Release a model's experts, once none of them is pinned."""
         with self.changed:
-            own = [slot for slot in self.slots.values() if slot.owner is owner]
-            while any(slot.pins for slot in own):
+            while any(slot.pins for slot in self._own(owner)):
                 self.changed.wait()
-            for slot in own:
+            for slot in self._own(owner):
                 self._drop(slot)
+            self.needs.pop(owner, None)
+            self.scratch = max((scratch for _, scratch in self.needs.values()), default=0)
             self.changed.notify_all()
+
+    def _own(self, owner: "PagedExperts[Any]") -> list[_Slot]:
+        """As they are now: others may take their places while one waits."""
+        return [slot for slot in self.slots.values() if slot.owner is owner]
 
     def _make_room(
         self, owner: "PagedExperts[Any]", wanted: Sequence[Expert], below: float | None = None
@@ -319,7 +330,7 @@ class PagedExperts(Generic[T]):
         """Load these in the background, in order, in the place of earlier wishes."""
         self._wishes = deque(self.announce(experts))
         for _ in range(min(len(self._wishes), self.pager.at_once)):
-            self.pager.ahead.submit(self._fetch)
+            self._fetch_later()
 
     def announce(self, experts: Iterable[Expert]) -> list[Expert]:
         """Let the store know which will be loaded: those of `experts` that are absent."""
@@ -360,20 +371,24 @@ class PagedExperts(Generic[T]):
             self.counts.late += 1
 
     def _fetch(self) -> None:
-        while self._wishes:
-            try:
-                expert = self._wishes.popleft()
-            except IndexError:  # taken back meanwhile
-                return
-            slot = self.pager.claim_ahead(self, expert)
-            if slot is None:
-                continue
-            try:
+        """One of the wishes, and then the next: a task each, as none begins when Python ends."""
+        try:
+            expert = self._wishes.popleft()
+        except IndexError:  # fulfilled, or taken back
+            return
+        slot = self.pager.claim_ahead(self, expert)
+        try:
+            if slot is not None:
                 self.pager.fill(slot, urgent=False)
-            except MedMoEError as error:  # the request that needs it will meet it itself
-                logger.debug("Expert %s was not fetched ahead: %s", expert, error)
-            finally:
-                self.pager.unpin([slot])
+        except MedMoEError as error:  # the request that needs it will meet it itself
+            logger.debug("Expert %s was not fetched ahead: %s", expert, error)
+        finally:
+            self.pager.unpin([slot] if slot else [])
+        self._fetch_later()
+
+    def _fetch_later(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the interpreter ends
+            self.pager.ahead.submit(self._fetch)
 
 
 def least_budget(store: Store[Any], at_once: int, loads: int = 1) -> int:
@@ -404,17 +419,17 @@ class Extent:
 class ExpertFile:
     """The routed experts in their file of a bundle, kept open until this is collected.
 
-    `check` says when an expert's hash is compared with the manifest's: when it is "first" read,
-    "always" or "never". With `drop_pages` what was read does not stay in the kernel's page cache:
-    the memory is really free, and the expert's next load reads the storage again. Raises
-    `BundleError` where the bundle says no hashes of single experts.
+    `check` says when an expert's hash is compared with the manifest's: when it is "first" read from
+    the file as it is, "always" or "never". With `drop_pages` what was read does not stay in the
+    kernel's page cache: the memory is really free, and the expert's next load reads the storage
+    again. Raises `BundleError` where the bundle says no hashes of single experts.
     """
 
     def __init__(self, bundle: Bundle, *, check: Check = "first", drop_pages: bool = False) -> None:
         self.extents = read_extents(bundle)
         self._check, self._drop_pages = check, drop_pages
         self._path = bundle.path(bundle.manifest["paging"].get("file", "decoder.data"))
-        self._checked: set[Expert] = set()
+        self._checked: set[tuple[Expert, int, int]] = set()  # and of which size and time the file
         self._file = self._path.open("rb", buffering=0)
         weakref.finalize(self, self._file.close)
 
@@ -430,7 +445,7 @@ class ExpertFile:
 
     def read(self, expert: Expert, *into: Bytes) -> None:
         """Read one to the front of `into`; raises `BundleError` for bytes that are not its own."""
-        extent = self.extents[expert]
+        extent, file = self.extents[expert], os.fstat(self._file.fileno())
         content = _cut([part.data for part in into], extent.bytes)
         start = extent.offset
         for part in content:
@@ -439,13 +454,14 @@ class ExpertFile:
             start += len(part)
         if self._drop_pages:
             self._advise(extent, "POSIX_FADV_DONTNEED")
-        if self._check == "always" or (self._check == "first" and expert not in self._checked):
+        seen = expert, file.st_size, file.st_mtime_ns
+        if self._check == "always" or (self._check == "first" and seen not in self._checked):
             digest = hashlib.sha256()
             for part in content:
                 digest.update(part)
             if digest.hexdigest() != extent.sha256:
                 raise self._damaged(extent)
-            self._checked.add(expert)
+            self._checked.add(seen)
 
     def _advise(self, extent: Extent, advice: str) -> None:
         if hasattr(os, "posix_fadvise"):

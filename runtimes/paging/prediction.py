@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
@@ -102,7 +103,7 @@ UNITS: dict[str, int] = {
     **{unit: 1000**power for power, unit in enumerate(("b", "kb", "mb", "gb"))},
     **{unit: 1024**power for power, unit in enumerate(("kib", "mib", "gib"), 1)},
 }
-FORM = re.compile(r"(\d+(?:\.\d+)?) ?(%|[a-z]+)", re.ASCII | re.IGNORECASE)
+FORM = re.compile(r"(\d{1,999}(?:\.\d{1,999})?) ?(%|[a-z]+)", re.ASCII | re.IGNORECASE)
 
 
 def budget_bytes(text: str, experts: int) -> int:
@@ -117,8 +118,8 @@ def budget_bytes(text: str, experts: int) -> int:
             f"{text!r} is no memory budget.",
             "Write bytes, as 1500MB or 2GiB, or a share of all experts, as 50%.",
         )
-    whole = experts / 100 if unit == "%" else UNITS[unit]
-    return math.floor(float(found[1]) * whole)
+    whole = Fraction(experts, 100) if unit == "%" else UNITS[unit]
+    return math.floor(Fraction(found[1]) * whole)
 
 
 Tokens = npt.NDArray[np.int64]

@@ -37,7 +37,7 @@ from medmoe_edge.bundle import machine
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.errors import InputError, ModelError, ResourceError
 from medmoe_edge.presets import PRESETS
-from medmoe_edge.render.bench import show_bench, write_plot
+from medmoe_edge.render.bench import seconds, show_bench, write_plot
 from medmoe_edge.runtimes.costs import decoder_parts
 
 Make = Callable[..., Path]
@@ -164,6 +164,15 @@ def test_decode_reads_the_weights_and_the_cache(tiny_bundle: Make) -> None:
     int8 = 3 * 4 * d * d + 3 * d * f + moe + d * v
     routers = 2 * 4 * d
     assert bench.decode_bytes(bundle, SHAPE) == int8 + 4 * routers + 4 * cache
+    stored = {"precision": "int4", "matrices": [{"group": 128}]}
+    coarse = dataclasses.replace(bundle, manifest={**bundle.manifest, "quantisation": stored})
+    int4 = (4 + 16 / 128) / 8 * (int8 - d * v) + d * v
+    assert bench.decode_bytes(coarse, SHAPE) == int4 + 4 * routers + 4 * cache
+
+
+def test_times_for_people() -> None:
+    told = {0.0123: "12.3 ms", 0.9994: "999 ms", 0.9996: "1.00 s", 2.31: "2.31 s"}
+    assert {value: seconds(value) for value in told} == told
 
 
 def test_memory_is_read_from_the_system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -172,7 +181,9 @@ def test_memory_is_read_from_the_system(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert machine.peak_memory() == 300 * 1024
     monkeypatch.setattr(machine, "STATUS", tmp_path / "none")
     assert machine.peak_memory() is None
-    assert measurement.available() > 2**20
+    for free in (None, 300):  # by the kernel and the control groups
+        monkeypatch.setattr(measurement, "available_memory", lambda free=free: free)
+        assert measurement.available() == 300 if free else measurement.available() > 2**20
     assert measurement.threads() >= 1
 
 

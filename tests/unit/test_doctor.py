@@ -21,6 +21,7 @@ from medmoe_edge.device.doctor import (
     diagnose,
     examine,
     find_extras,
+    look_at_machine,
     look_at_onnxruntime,
     missing_base,
     needed_cuda,
@@ -178,6 +179,9 @@ def test_gpus_by_nvml() -> None:
     assert find_gpus(nvml()) == Gpus("570.1", (12, 8), (Gpu("RTX", 24, "8.9"),))
     assert find_gpus(nvml(nvmlInit=None)) is None
     assert find_gpus(nvml(nvmlDeviceGetMemoryInfo=None)) is None
+    driver = nvml()
+    driver.nvmlDeviceGetCount = lambda: 0  # as in a container that was given none
+    assert find_gpus(driver) is None
 
 
 def test_real_nvml_speaks_so() -> None:
@@ -344,6 +348,23 @@ def test_this_machine() -> None:
     assert diagnosis.machine.memory > 10**8
     told = diagnosis.to_json()
     assert set(told) >= {"machine", "onnxruntime", "base", "extras", "findings"}
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs as a number; and one whose home may not be looked into."""
+
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    def closed(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", none)
+    assert look_at_machine().disk_free > 0
+    monkeypatch.setattr(Path, "home", lambda: Path("/nobody/here"))
+    monkeypatch.setattr(Path, "is_dir", closed)
+    assert look_at_machine().cache == str(Path("/nobody/here/.cache"))
 
 
 def test_a_broken_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -335,14 +335,17 @@ def test_the_command_line_takes_a_budget(tiny_bundle: Make, scan: Path) -> None:
 # --- damage while it is open ------------------------------------------------------------------
 
 
-def change_expert(folder: Path, bundle: Bundle) -> None:
-    """One byte of layer 2's expert 1."""
+def change_expert(folder: Path, bundle: Bundle, *, told: bool = False) -> None:
+    """One byte of layer 2's expert 1: as storage fails, of which no time tells, or by writing."""
     offset, _ = bundle.manifest["experts"]["decoder.layers.2.ffn.experts.1"]
+    before = (folder / "decoder.data").stat()
     with (folder / "decoder.data").open("r+b") as file:
         file.seek(offset + 100)
         byte = file.read(1)[0]
         file.seek(offset + 100)
         file.write(bytes([byte ^ 1]))
+    later = before.st_mtime_ns + 10**9 * told
+    os.utime(folder / "decoder.data", ns=(before.st_atime_ns, later))
 
 
 def test_a_corrupted_expert_fails_its_request_and_no_other(copy: Path) -> None:
@@ -369,6 +372,22 @@ def test_when_hashes_are_compared_can_be_chosen(copy: Path) -> None:
         steps(runtimes[check])  # not looked at again; nor at all
     with pytest.raises(BundleError):
         steps(runtimes["always"])
+
+
+def test_what_is_written_into_a_file_in_use_is_told(copy: Path) -> None:
+    bundle = Bundle.open(copy)
+    store = OrtExpertStore(bundle)
+    store.load((1, 1))
+    runtimes = OrtRuntime(bundle), PagedOrtRuntime(bundle, "100%")
+    for runtime in runtimes:
+        steps(runtime)
+        runtime.embed([0])
+    change_expert(copy, bundle, told=True)
+    with pytest.raises(BundleError, match=r"Expert 1 of layer 2 in .* was changed"):
+        store.load((1, 1))
+    for runtime in runtimes:
+        with pytest.raises(BundleError, match=r"decoder\.data was changed while it was in use"):
+            runtime.embed([0])
 
 
 def test_a_file_truncated_while_open_is_an_error_and_no_crash(copy: Path) -> None:

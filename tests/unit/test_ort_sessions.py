@@ -1,17 +1,21 @@
 """Sessions opened ahead: whoever needs one waits for it, and meets what opening it met."""
 
 import gc
+import os
+import shutil
 import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime as ort
 import pytest
 
 import medmoe_edge
 from medmoe_edge.contrastive.engine import load_modality
+from medmoe_edge.embedded import bundle_path
 from medmoe_edge.errors import BundleError, ResourceError
 from medmoe_edge.runtimes.ort import runtime as ort_sessions
 from medmoe_edge.runtimes.ort.runtime import (
@@ -68,6 +72,19 @@ def test_what_nobody_waits_for_is_not_opened(
         thread.join(SOON)
         assert not thread.is_alive()
     assert sorted(opened) == names[:OPENED_AT_ONCE]
+
+
+def test_weights_that_are_cut_off_while_they_are_mapped_end_no_process(tmp_path: Path) -> None:
+    """A MedMoE's, which asks for its sessions each time."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle_path("modality-nano"), folder)
+    engine = load_modality(folder)
+    picture, labels = np.zeros((64, 64), np.uint8), ["effusion", "mass"]
+    assert engine.classify(picture, labels)
+    for file in folder.glob("*.data"):
+        os.truncate(file, 100)
+    with pytest.raises(BundleError, match=r"\.data was changed while it was in use"):
+        engine.classify(picture, labels)
 
 
 def test_no_thread_outlives_the_opening(tiny_bundle: Make) -> None:

@@ -99,7 +99,11 @@ def elsewhere(work: Callable[[], None]) -> Iterator[None]:
 
 def settle(experts: PagedExperts[Any]) -> None:
     """Until nothing is fetched ahead any more."""
-    experts.pager.ahead.submit(lambda: None).result(PATIENCE)
+    while True:
+        last = not experts._wishes
+        experts.pager.ahead.submit(lambda: None).result(PATIENCE)
+        if last:
+            return
 
 
 # --- what stays -------------------------------------------------------------------------------
@@ -340,6 +344,61 @@ def test_two_models_share_one_budget() -> None:
     touch(first, (0, 0))
 
 
+def test_loading_one_model_leaves_room_for_a_layer_of_the_others() -> None:
+    """Else a request to the first one would wait for ever."""
+    pager = ExpertPager(25)
+    first, heavy = pager.open(FakeStore(), 2), FakeStore()
+    heavy.scratch = 6
+    with pytest.raises(InputError, match="take 26 bytes"):
+        pager.open(heavy, 1)
+    with elsewhere(lambda: touch(first, (0, 0), (0, 1))):
+        pass
+    first.close()
+    assert pager.open(heavy, 1).pager.capacity == 19
+
+
+def test_closing_waits_for_a_load_that_fails() -> None:
+    store, experts = paged(2)
+    loading, go = threading.Event(), threading.Event()
+
+    def wait(_: Expert) -> None:
+        loading.set()
+        assert go.wait(PATIENCE)
+
+    touch(experts, (0, 0))
+    store.before, store.broken[0, 1] = wait, BundleError("It is damaged.", "Copy it again.")
+    experts.expect({(0, 1): 1.0})
+    experts.prefetch([(0, 1)])
+    assert loading.wait(PATIENCE)
+    with elsewhere(experts.close):
+        while not experts.pager.changed._waiters:  # type: ignore[attr-defined]
+            pass
+        go.set()
+    assert store.resident == set()
+    assert experts.pager.used == 0
+
+
+def test_what_is_not_loaded_yet_when_python_ends_is_not_waited_for() -> None:
+    """It ends a pool first, and then waits for what its threads do."""
+    store, experts = paged(4)
+    loading, go = threading.Event(), threading.Event()
+
+    def wait(_: Expert) -> None:
+        loading.set()
+        assert go.wait(PATIENCE)
+
+    store.before = wait
+    experts.expect(dict.fromkeys(store.sizes, 1.0))
+    experts.prefetch([(0, 0), (0, 1), (0, 2), (0, 3)])
+    assert loading.wait(PATIENCE)
+    with elsewhere(experts.pager.ahead.shutdown):
+        while not experts.pager.ahead._shutdown:
+            pass
+        go.set()
+    assert store.resident == {(0, 0)}
+    touch(experts, (0, 1))
+
+
 def test_two_requests_share_what_they_both_need() -> None:
     store, experts = paged(1)
     together = threading.Barrier(2, timeout=PATIENCE)
@@ -415,6 +474,7 @@ def test_hundreds_of_requests_from_many_threads_stay_inside_the_budget() -> None
     [
         *(("1500MB", 1_500_000_000), ("1.5 GB", 1_500_000_000), ("2GiB", 2 * 2**30)),
         *(("64 kib", 65536), ("100b", 100), ("50%", 400), ("12.5 %", 100), ("200%", 1600)),
+        ("9" * 400 + "b", int("9" * 400)),  # more than a float holds
     ],
 )
 def test_a_budget_is_bytes_or_a_share(text: str, size: int) -> None:

@@ -8,6 +8,7 @@ Jetson. Shapes: the models' `config.json`.
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -26,14 +27,20 @@ from medmoe_edge.device.hardware import DEVICES, REACHED, Device, find_device, n
 from medmoe_edge.errors import DataError, InputError
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.runtimes.costs import (
+    COPIES,
     Asked,
+    Kind,
     Precision,
     Work,
+    experts_bytes,
+    held_experts,
     held_ratio,
     memory_run,
     paging_cost,
     work_seconds,
 )
+from medmoe_edge.runtimes.paging.prediction import budget_bytes
+from medmoe_edge.runtimes.slots.slots import slot_count
 
 STABLELM, PHI = "med-moe-stablelm-1.6b", "med-moe-phi2-2.7b"
 VOCABULARY = 151_936
@@ -339,6 +346,46 @@ def test_fit_takes_the_most_exact_form_that_meets_the_latency() -> None:
     never = fit(STABLELM, options, 1.0)  # the tower and the answer alone take longer
     assert never.image_tokens == 0
     assert "image tokens" not in str(never.error())
+
+
+@pytest.mark.parametrize(("kind", "precision"), [("gpu", "int8"), ("cpu", "int8"), ("cpu", "int4")])
+@pytest.mark.parametrize("missing", [0.2, 0.5, 0.74, 0.76, 0.95, 0.98])  # of the experts' bytes
+def test_what_is_planned_paged_is_what_the_runtime_takes(
+    kind: Kind, precision: Precision, missing: float, tmp_path: Path
+) -> None:
+    asked = Asked(PRESETS[STABLELM], 576 + 48)
+    number, size, held = 48, *(f(asked, precision) // 48 for f in (experts_bytes, held_experts))
+    memory = (memory_run(asked, kind, precision) - round(missing * 48 * held)) / GB
+    panel = tmp_path / "panel.json"
+    about = dict.fromkeys(("bandwidth_gb_s", "int8_tops", "fp16_tops"), 100)
+    panel.write_text(json.dumps({**about, "kind": kind, "memory_gb": memory, "reserved_gb": 0}))
+    found = fit(STABLELM, PlanOptions(str(panel), precision), 1e6)
+    if found.forecast is None:
+        assert missing > (0.75 if kind == "gpu" else 0.93)
+        return
+    assert found.commands[1].endswith("--target tensorrt-rtx --gpu GPU --paged -o engines") == (
+        kind == "gpu"
+    )
+    budget = budget_bytes(found.commands[-1].rpartition(" ")[2], number * held)
+    if kind == "gpu":
+        resident = slot_count(budget, size, number, least=12)
+    else:
+        resident = (budget - COPIES * size) // held
+    assert resident >= 1
+    assert resident == pytest.approx(found.resident_experts, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpu"), [("orin-nano-8g", "orin-nano-8g"), ("orin-nano-8g-7w", "orin")]
+)
+def test_on_a_jetson_no_experts_are_paged(device: str, gpu: str) -> None:
+    """No target of its GPU does; and an engine is built for a GPU that is named."""
+    (whole,) = plan("med-moe-phi2-2.7b", PlanOptions(device, "fp16")).forecasts
+    assert (whole.fits, whole.expert_budget) == (False, 0)
+    assert whole.short == whole.memory_run - DEVICES[device].usable
+    found = fit(STABLELM, PlanOptions(device), 1e6)
+    built = f"medmoe-edge export portable --target tensorrt --gpu {gpu} -o engines"
+    assert found.commands[1] == built
 
 
 @pytest.mark.parametrize(

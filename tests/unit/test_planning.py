@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from medmoe_edge.bundle import machine
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.calibration.quantisers import read_deltas
+from medmoe_edge.device import hardware
 from medmoe_edge.device.estimate import (
     Plan,
     PlanOptions,
@@ -27,7 +28,14 @@ from medmoe_edge.device.estimate import (
     plan_and_measure,
     precisions,
 )
-from medmoe_edge.device.hardware import DEVICES, Device, Ratings, find_device, nominal_speeds
+from medmoe_edge.device.hardware import (
+    DEVICES,
+    GB,
+    Device,
+    Ratings,
+    find_device,
+    nominal_speeds,
+)
 from medmoe_edge.device.measure import (
     Microbenchmarks,
     Sizes,
@@ -405,10 +413,32 @@ def test_devices(tmp_path: Path) -> None:
     (tmp_path / "info").write_text("processor : 0\nmodel name\t: A: B\nmodel name : C\n")
     assert machine.cpu_name(tmp_path / "info") == "A: B"
     assert machine.cpu_name(tmp_path / "none")
-    (tmp_path / "limit").write_text("1000\n")
-    assert machine.memory_here(tmp_path / "limit") == 1000
-    (tmp_path / "limit").write_text("max\n")
-    assert machine.memory_here(tmp_path / "limit") == machine.memory_here(tmp_path / "none") > 10**8
+
+
+@pytest.mark.parametrize(
+    ("membership", "file"),
+    [
+        ("0::/\n", "memory.max"),
+        (None, "memory.max"),  # /proc does not tell
+        ("odd\n\n0::/a/b\n", "a/memory.high"),  # of a service
+        ("4:memory:/docker/0123\n0::/\n", "memory/memory.limit_in_bytes"),  # version 1
+    ],
+)
+def test_memory_of_a_control_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, membership: str | None, file: str
+) -> None:
+    limit = tmp_path / "sys/fs/cgroup" / file
+    for path, text in ((limit, "1000000000\n"), (tmp_path / "proc/self/cgroup", membership)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if text is not None:
+            path.write_text(text)
+    assert machine.memory_here(tmp_path) == 10**9
+    monkeypatch.setattr(hardware, "memory_here", lambda: machine.memory_here(tmp_path))
+    for whole, usable in ((64 * GB, GB), (2 * GB, 0)):
+        monkeypatch.setattr(hardware, "machine_memory", lambda whole=whole: whole)
+        assert find_device("here").usable == usable
+    limit.write_text("max\n")
+    assert machine.memory_here(tmp_path) == machine.machine_memory() > 10**8
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -428,9 +458,9 @@ def test_memory_of_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail
     monkeypatch.setattr(ctypes, "CDLL", Kernel32)
     if fails:
         with pytest.raises(ResourceError):
-            machine.memory_here(tmp_path / "none")
+            machine.memory_here(tmp_path)
     else:
-        assert machine.memory_here(tmp_path / "none") == 34 * 10**9
+        assert machine.memory_here(tmp_path) == 34 * 10**9
 
 
 def test_a_siglip_tower_is_forecast_as_the_matrix_products_it_is() -> None:
