@@ -52,6 +52,7 @@ from medmoe_edge.errors import DataError, InputError, ResourceError, unreadable
 
 GENESIS = "0" * 64
 MAX_LINE = 2**20  # bytes; a question has at most 10,000 characters
+BEGINNING = b'{"answer":'  # of every line, whose keys are sorted
 
 FIELDS = {
     *("number", "time", "who", "event", "model", "question", "answer", "input_sha256"),
@@ -333,19 +334,21 @@ def _last(file: IO[bytes]) -> tuple[int, str]:
     start = max(0, end - 2 * MAX_LINE)
     file.seek(start)
     lines = file.read(end - start).splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n") and len(lines[-1]) < MAX_LINE:
-        log.warning("The audit log ended in an unfinished line, as after a crash: it is cut off.")
-        end -= len(lines.pop())
-        file.truncate(end)
-    file.seek(end)
-    if end == 0:
-        return 0, GENESIS
-    entry = parse(lines[-1])
-    if entry is None:
-        raise DataError(
+    is_torn = bool(lines) and not lines[-1].endswith(b"\n") and len(lines[-1]) < MAX_LINE
+    torn = lines.pop() if is_torn else b""
+    entry = parse(lines[-1]) if lines else None
+    if entry is None and (lines or not torn.startswith(BEGINNING[: len(torn)])):
+        raise DataError(  # before anything is cut off: it may be another file
             "The audit log's last line is not as it was written.",
             "See: medmoe-edge audit verify; then keep that log, and begin one of another name.",
         )
+    if torn:
+        log.warning("The audit log ended in an unfinished line, as after a crash: it is cut off.")
+        end -= len(torn)
+        file.truncate(end)
+    file.seek(end)
+    if entry is None:
+        return 0, GENESIS
     return int(entry["number"]), str(entry["hash"])
 
 
