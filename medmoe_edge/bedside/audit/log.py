@@ -213,6 +213,11 @@ class AuditLog:
         self._lock = FileLock(f"{self.path}.lock", mode=0o600, fallback_to_soft=False)
         self._missing: str | None = None  # a kept head that is not in it, as was said
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The log, and what lies beside it."""
+        return self.path, Path(self._lock.lock_file), _shipped(self.path)
+
     def append(
         self,
         *,
