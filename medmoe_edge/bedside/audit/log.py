@@ -30,6 +30,7 @@ and a chain of hashes, so the collector sees what is missing.
 import contextlib
 import dataclasses
 import datetime
+import errno
 import hashlib
 import json
 import logging
@@ -47,7 +48,7 @@ from typing import IO, Any, Literal
 import platformdirs
 from filelock import FileLock
 
-from medmoe_edge.atomic import atomic_file, sync_folder
+from medmoe_edge.atomic import atomic_file, sync_folder, writing
 from medmoe_edge.errors import DataError, InputError, ResourceError, unreadable
 
 GENESIS = "0" * 64
@@ -413,15 +414,22 @@ class Collector:
             raise InputError(
                 f"The certificates cannot be used ({type(error).__name__}).", "Give PEM files."
             ) from error
+        with contextlib.ExitStack() as stack:
+            with self.reached():
+                plain = socket.create_connection((self.host, self.port), PATIENCE)
+                stack.enter_context(plain)
+                connection = context.wrap_socket(plain, server_hostname=self.host)
+                stack.enter_context(connection)
+            connection.settimeout(PATIENCE)
+            yield connection
+            with contextlib.suppress(OSError):  # it may just close
+                connection.unwrap()  # or closing would throw away what is under way
+
+    @contextlib.contextmanager
+    def reached(self) -> Iterator[None]:
+        """Around what is done with a connection: its errors as ours."""
         try:
-            with (
-                socket.create_connection((self.host, self.port), PATIENCE) as plain,
-                context.wrap_socket(plain, server_hostname=self.host) as connection,
-            ):
-                connection.settimeout(PATIENCE)
-                yield connection
-                with contextlib.suppress(OSError):  # it may just close
-                    connection.unwrap()  # or closing would throw away what is under way
+            yield
         except OSError as error:
             why = error.strerror or type(error).__name__
             raise ResourceError(
@@ -436,29 +444,45 @@ def ship(path: Path, collector: Collector, *, follow: bool = False) -> int:
     With `follow` it waits for further ones, until a signal ends it. Raises `InputError` for a log
     or a certificate that cannot be read, `DataError` where the log does not go on from what was
     sent, as it was cut, changed or replaced, and `ResourceError` where the collector cannot be
-    reached.
+    reached, or the disk does not take what was sent.
     """
     sent = 0
     try:
-        with path.open("rb") as file, collector.connected() as connection:
-            number, head = _skip(file, path)
-            while True:
-                for line in _whole_lines(file):
-                    entry = parse(line)
-                    if entry is None or (entry["number"], entry["previous"]) != (number + 1, head):
-                        raise _broken(number + 1)
-                    connection.sendall(_frame(line, str(entry["time"])))
-                    number, head = entry["number"], entry["hash"]
-                    sent += 1
-                with atomic_file(_shipped(path)) as told:
-                    told.write(json.dumps({"number": number, "hash": head}).encode())
-                if not follow:
-                    return sent
-                time.sleep(PAUSE)
-                if not _is_at(path, file):
+        file = path.open("rb")
+    except OSError as error:
+        raise InputError(*unreadable(f"The audit log {path}", error)) from error
+    with file, collector.connected() as connection:
+        number, head = _skip(file, path)
+        known = ""  # of the last line that was sent
+        while True:
+            with collector.reached():
+                _check_open(connection)
+            for line in _whole_lines(file):
+                entry = parse(line)
+                if entry is None or (entry["number"], entry["previous"]) != (number + 1, head):
                     raise _broken(number + 1)
-    except FileNotFoundError as error:
-        raise InputError(f"There is no audit log {path}.", "Check the path.") from error
+                with collector.reached():
+                    connection.sendall(_frame(line, str(entry["time"])))
+                number, head = entry["number"], entry["hash"]
+                sent += 1
+            if known != head:
+                shipped, known = _shipped(path), head
+                with writing(shipped), atomic_file(shipped) as told:
+                    told.write(json.dumps({"number": number, "hash": head}).encode())
+            if not follow:
+                return sent
+            time.sleep(PAUSE)
+            if not _is_at(path, file):
+                raise _broken(number + 1)
+
+
+def _check_open(connection: ssl.SSLSocket) -> None:
+    """Raise `OSError` where the collector has closed it: it would take a line, and lose it."""
+    connection.setblocking(False)
+    with contextlib.suppress(ssl.SSLWantReadError):
+        if not connection.recv(2**16):  # what it may say is nothing to us
+            raise ConnectionResetError(errno.ECONNRESET, "it closed the connection")
+    connection.settimeout(PATIENCE)
 
 
 def _skip(file: IO[bytes], path: Path) -> tuple[int, str]:
@@ -482,7 +506,10 @@ def _skip(file: IO[bytes], path: Path) -> tuple[int, str]:
 
 def _is_at(path: Path, file: IO[bytes]) -> bool:
     """Whether an open log is still the one at that path, and what was read of it is there."""
-    there = path.stat()
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
     return os.path.samestat(there, os.fstat(file.fileno())) and there.st_size >= file.tell()
 
 
