@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import os
 import secrets
+import sqlite3
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,6 +49,7 @@ from medmoe_edge.errors import (
 from medmoe_edge.image.loading import load_image, preprocess
 from medmoe_edge.image.pixels import Image, pick_frame
 
+DAMAGED = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT}
 INSERT = (
     f"INSERT INTO entries ({', '.join(Entry._fields)}) "
     f"VALUES ({', '.join('?' * len(Entry._fields))}) RETURNING key"
@@ -76,11 +78,15 @@ class ArchiveWriter:
             FORMAT, model["name"], model["sha256"], size, os.fsencode(root), "", ""
         )
         self._stack = contextlib.ExitStack()
-        with using(folder), contextlib.ExitStack() as stack:
-            self._database = stack.enter_context(contextlib.closing(connect(folder)))
-            self._database.execute("BEGIN IMMEDIATE")
-            self._begin(force)
-            self._stack = stack.pop_all()
+        with using(folder):
+            try:
+                self._open(force)
+            except sqlite3.DatabaseError as error:
+                if not force or error.sqlite_errorcode & 0xFF not in DAMAGED:
+                    raise
+                for name in (DATABASE, f"{DATABASE}-journal"):
+                    (folder / name).unlink(missing_ok=True)
+                self._open(force)
 
     def __enter__(self) -> Self:
         return self
@@ -139,6 +145,13 @@ class ArchiveWriter:
             if read_header(self._database) != self._header:  # another was faster
                 raise busy(self.folder)
             self._tidy()
+
+    def _open(self, force: bool) -> None:
+        with contextlib.ExitStack() as stack:
+            self._database = stack.enter_context(contextlib.closing(connect(self.folder)))
+            self._database.execute("BEGIN IMMEDIATE")
+            self._begin(force)
+            self._stack = stack.pop_all()
 
     def _begin(self, force: bool) -> None:
         header = None if force else read_header(self._database)

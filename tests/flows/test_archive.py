@@ -286,6 +286,11 @@ def test_a_damaged_index_is_a_persons_error(tmp_path: Path, damage: Callable[[Pa
     with pytest.raises(InputError, match=r"damaged|another version") as error:
         Archive(index, MODEL["sha256"])
     assert "--force" in error.value.remedy
+    with writer(index, force=True) as anew:  # which then makes it anew
+        anew.put(entry("new"), unit_vectors(1)[0])
+        anew.commit()
+    with Archive(index, MODEL["sha256"]) as archive:
+        assert len(archive) == 1
 
 
 def test_a_full_disk_leaves_the_old_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

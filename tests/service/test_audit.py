@@ -181,6 +181,24 @@ def test_an_unfinished_line_is_cut_off_by_the_next_entry(log: Path) -> None:
     assert (report.intact, report.entries) == (True, 5)
 
 
+def test_an_unfinished_first_line_is_cut_off_too(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    path.write_bytes(b'{"answ')
+    write(path, "a")
+    assert verify_log(path).entries == 1
+
+
+@pytest.mark.parametrize("content", [b"Ask on.\nThe last line has no end", b"\x89PNG\0\1", b"x"])
+def test_a_file_that_is_no_log_stays_as_it_is(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "questions.txt"
+    path.write_bytes(content)
+    with pytest.raises(DataError):
+        write(path, "a")
+    with pytest.raises(ResourceError):
+        AuditLog(path).check()
+    assert path.read_bytes() == content
+
+
 def test_a_log_whose_end_was_changed_takes_no_more(log: Path) -> None:
     log.write_bytes(log.read_bytes() + b"{}\n")
     before = log.read_bytes()

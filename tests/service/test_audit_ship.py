@@ -30,7 +30,7 @@ class Received:
         authority.issue_cert("localhost").configure_cert(self._context)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
-        self.data = b""
+        self.data, self.closes, self.closed = b"", False, threading.Event()
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
 
@@ -41,6 +41,9 @@ class Received:
                 with contextlib.suppress(OSError), self._context.wrap_socket(plain, True) as peer:
                     while part := peer.recv(2**16):
                         self.data += part
+                        if self.closes:
+                            break
+                self.closed.set()
 
     def messages(self) -> list[tuple[str, dict[str, object]]]:
         """The heads and entries, by the octet counts of RFC 5425."""
@@ -100,7 +103,7 @@ def test_a_log_that_was_cut_or_changed_is_not_sent_on(collector: Received, log: 
             ship(log, place_of(collector))
 
 
-@pytest.mark.parametrize("how", ["cut", "replaced"])
+@pytest.mark.parametrize("how", ["cut", "replaced", "removed"])
 def test_a_log_that_is_replaced_while_it_is_followed_is_told(
     collector: Received, log: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
@@ -113,6 +116,8 @@ def test_a_log_that_is_replaced_while_it_is_followed_is_told(
             time.sleep(0.01)
         if how == "cut":
             log.write_bytes(lines(log)[0])
+        elif how == "removed":
+            log.unlink()
         else:
             log.with_suffix(".copy").write_bytes(log.read_bytes())
             log.with_suffix(".copy").replace(log)
@@ -122,6 +127,38 @@ def test_a_log_that_is_replaced_while_it_is_followed_is_told(
     with pytest.raises(DataError, match="entry 4"):
         ship(log, place_of(collector), follow=True)
     thread.join()
+
+
+def test_what_a_closed_connection_would_lose_is_sent_next_time(
+    collector: Received, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Collectors and firewalls close what was idle; a line would still be taken, and be lost."""
+    log = write(tmp_path / "audit.jsonl", "a")
+    collector.closes = True
+
+    def go_on(_: float) -> None:  # one line at a time, once the last has arrived
+        assert collector.closed.wait(20)
+        write(log, "b")
+
+    monkeypatch.setattr(time, "sleep", go_on)
+    with pytest.raises(ResourceError, match="takes no entries"):
+        ship(log, place_of(collector), follow=True)
+    assert ship(log, place_of(collector)) == 1
+    collector.end()
+    assert [entry["number"] for _, entry in collector.messages()] == [1, 2]
+
+
+def test_a_disk_that_takes_no_note_is_not_the_collectors_fault(
+    collector: Received, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit_log, "_shipped", lambda path: path.parent / "none" / "shipped")
+    with pytest.raises(ResourceError, match="shipped cannot be written"):
+        ship(log, place_of(collector))
+
+
+def test_a_log_that_cannot_be_opened_is_told(collector: Received, log: Path) -> None:
+    with pytest.raises(InputError, match="cannot be opened"):
+        ship(log.parent, place_of(collector))
 
 
 def test_a_stranger_gets_nothing(

@@ -246,6 +246,35 @@ def test_interrupted_it_goes_on_where_it_ended(
     assert told(tmp_path / "out.parquet") == whole
 
 
+@pytest.mark.parametrize("audited_first", [False, True])
+def test_a_batch_is_audited_whole_or_not_at_all(
+    engine: StandIn, scans: Path, questions: Path, tmp_path: Path, audited_first: bool
+) -> None:
+    engine.dies = 2
+    log = AuditLog(tmp_path / "audit.jsonl")
+    with pytest.raises(KeyboardInterrupt):
+        go(scans, questions, audit=log if audited_first else None)
+    engine.dies = None
+    with pytest.raises(InputError, match="other images, questions or options"):
+        go(scans, questions, audit=None if audited_first else log)
+    assert go(scans, questions, audit=log if audited_first else None).resumed == 2
+
+
+def test_an_audit_log_is_neither_an_image_nor_the_output(
+    engine: StandIn, scans: Path, questions: Path
+) -> None:
+    engine.dies = 2
+    log = AuditLog(scans / "audit.csv")
+    with pytest.raises(KeyboardInterrupt):
+        run_batch(scans, scans / "out.parquet", questions, audit=log)
+    engine.dies = None
+    assert run_batch(scans, scans / "out.parquet", questions, audit=log).resumed == 2
+    names = [row["image"] for row in rows(scans / "out.parquet")]
+    assert [*dict.fromkeys(names)] == ["a.png", "b.png", "notes", "within/é.png"]
+    with pytest.raises(InputError, match="its own input"):
+        run_batch(scans, log.path, questions, audit=log, force=True)
+
+
 KILLED = """
 import os, signal, sys
 sys.path[:0] = ["tests/service", "tests/helpers"]

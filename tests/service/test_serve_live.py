@@ -117,6 +117,22 @@ def test_a_second_head_that_does_not_come_is_not_waited_for(
         assert slow.recv(100) == b""
 
 
+@pytest.mark.parametrize("request_line", ["GET /healthz", "POST /v1/ask?is=not-read"])
+def test_the_rest_of_a_body_that_was_answered_is_not_waited_for(
+    engine: StandIn, request_line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve_server, "SENDING", 0.5)
+    head = f"{request_line} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
+    with live(engine) as url, connected(url) as slow:
+        slow.sendall(head.encode())
+        answer = b""
+        while not answer.endswith(b"}"):
+            answer += slow.recv(10_000)
+        slow.sendall(b"x")
+        slow.settimeout(4)  # less than uvicorn's own 5 s without a further byte
+        assert slow.recv(100) == b""
+
+
 def test_who_takes_no_answer_is_not_waited_for(
     engine: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:

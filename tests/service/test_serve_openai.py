@@ -384,3 +384,37 @@ def test_a_large_image_is_too_large() -> None:
         response = client.post("/v1/chat/completions", json=body)
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "too_large"
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"anyOf": [True] * 10_000},
+        {"enum": [f"value {number}" for number in range(10_000)]},
+        {"type": "string", "$defs": {f"d{number}": {} for number in range(10_000)}},
+    ],
+)
+def test_a_schema_too_long_to_check_is_not_looked_at(
+    schema: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[Any] = []
+    monkeypatch.setattr(jsonschema.Draft202012Validator, "check_schema", looked.append)
+    body = {"model": "stand-in", "messages": [about(URL)], "response_format": schema_of(schema)}
+    with client_of(app_over(StandIn())) as client:
+        error = client.post("/v1/chat/completions", json=body).json()["error"]
+    assert error["code"] == "invalid_schema"
+    assert "16,384 characters" in error["message"]
+    assert looked == []
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/api/chat", "/api/show"])
+def test_json_of_more_values_than_can_be_told_to_be_wrong_is_refused(path: str) -> None:
+    values = ",".join("1" * 70_000)
+    with client_of(app_over(StandIn())) as client:
+        response = client.post(
+            path,
+            content=f'{{"model": "stand-in", "messages": [{values}]}}',
+            headers={"Content-Type": "application/json"},
+        )
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "too_large"

@@ -30,6 +30,7 @@ and a chain of hashes, so the collector sees what is missing.
 import contextlib
 import dataclasses
 import datetime
+import errno
 import hashlib
 import json
 import logging
@@ -47,11 +48,12 @@ from typing import IO, Any, Literal
 import platformdirs
 from filelock import FileLock
 
-from medmoe_edge.atomic import atomic_file, sync_folder
+from medmoe_edge.atomic import atomic_file, sync_folder, writing
 from medmoe_edge.errors import DataError, InputError, ResourceError, unreadable
 
 GENESIS = "0" * 64
 MAX_LINE = 2**20  # bytes; a question has at most 10,000 characters
+BEGINNING = b'{"answer":'  # of every line, whose keys are sorted
 
 FIELDS = {
     *("number", "time", "who", "event", "model", "question", "answer", "input_sha256"),
@@ -212,6 +214,11 @@ class AuditLog:
         self._lock = FileLock(f"{self.path}.lock", mode=0o600, fallback_to_soft=False)
         self._missing: str | None = None  # a kept head that is not in it, as was said
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The log, and what lies beside it."""
+        return self.path, Path(self._lock.lock_file), _shipped(self.path)
+
     def append(
         self,
         *,
@@ -333,19 +340,21 @@ def _last(file: IO[bytes]) -> tuple[int, str]:
     start = max(0, end - 2 * MAX_LINE)
     file.seek(start)
     lines = file.read(end - start).splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n") and len(lines[-1]) < MAX_LINE:
-        log.warning("The audit log ended in an unfinished line, as after a crash: it is cut off.")
-        end -= len(lines.pop())
-        file.truncate(end)
-    file.seek(end)
-    if end == 0:
-        return 0, GENESIS
-    entry = parse(lines[-1])
-    if entry is None:
-        raise DataError(
+    is_torn = bool(lines) and not lines[-1].endswith(b"\n") and len(lines[-1]) < MAX_LINE
+    torn = lines.pop() if is_torn else b""
+    entry = parse(lines[-1]) if lines else None
+    if entry is None and (lines or not torn.startswith(BEGINNING[: len(torn)])):
+        raise DataError(  # before anything is cut off: it may be another file
             "The audit log's last line is not as it was written.",
             "See: medmoe-edge audit verify; then keep that log, and begin one of another name.",
         )
+    if torn:
+        log.warning("The audit log ended in an unfinished line, as after a crash: it is cut off.")
+        end -= len(torn)
+        file.truncate(end)
+    file.seek(end)
+    if entry is None:
+        return 0, GENESIS
     return int(entry["number"]), str(entry["hash"])
 
 
@@ -405,15 +414,22 @@ class Collector:
             raise InputError(
                 f"The certificates cannot be used ({type(error).__name__}).", "Give PEM files."
             ) from error
+        with contextlib.ExitStack() as stack:
+            with self.reached():
+                plain = socket.create_connection((self.host, self.port), PATIENCE)
+                stack.enter_context(plain)
+                connection = context.wrap_socket(plain, server_hostname=self.host)
+                stack.enter_context(connection)
+            connection.settimeout(PATIENCE)
+            yield connection
+            with contextlib.suppress(OSError):  # it may just close
+                connection.unwrap()  # or closing would throw away what is under way
+
+    @contextlib.contextmanager
+    def reached(self) -> Iterator[None]:
+        """Around what is done with a connection: its errors as ours."""
         try:
-            with (
-                socket.create_connection((self.host, self.port), PATIENCE) as plain,
-                context.wrap_socket(plain, server_hostname=self.host) as connection,
-            ):
-                connection.settimeout(PATIENCE)
-                yield connection
-                with contextlib.suppress(OSError):  # it may just close
-                    connection.unwrap()  # or closing would throw away what is under way
+            yield
         except OSError as error:
             why = error.strerror or type(error).__name__
             raise ResourceError(
@@ -428,29 +444,45 @@ def ship(path: Path, collector: Collector, *, follow: bool = False) -> int:
     With `follow` it waits for further ones, until a signal ends it. Raises `InputError` for a log
     or a certificate that cannot be read, `DataError` where the log does not go on from what was
     sent, as it was cut, changed or replaced, and `ResourceError` where the collector cannot be
-    reached.
+    reached, or the disk does not take what was sent.
     """
     sent = 0
     try:
-        with path.open("rb") as file, collector.connected() as connection:
-            number, head = _skip(file, path)
-            while True:
-                for line in _whole_lines(file):
-                    entry = parse(line)
-                    if entry is None or (entry["number"], entry["previous"]) != (number + 1, head):
-                        raise _broken(number + 1)
-                    connection.sendall(_frame(line, str(entry["time"])))
-                    number, head = entry["number"], entry["hash"]
-                    sent += 1
-                with atomic_file(_shipped(path)) as told:
-                    told.write(json.dumps({"number": number, "hash": head}).encode())
-                if not follow:
-                    return sent
-                time.sleep(PAUSE)
-                if not _is_at(path, file):
+        file = path.open("rb")
+    except OSError as error:
+        raise InputError(*unreadable(f"The audit log {path}", error)) from error
+    with file, collector.connected() as connection:
+        number, head = _skip(file, path)
+        known = ""  # of the last line that was sent
+        while True:
+            with collector.reached():
+                _check_open(connection)
+            for line in _whole_lines(file):
+                entry = parse(line)
+                if entry is None or (entry["number"], entry["previous"]) != (number + 1, head):
                     raise _broken(number + 1)
-    except FileNotFoundError as error:
-        raise InputError(f"There is no audit log {path}.", "Check the path.") from error
+                with collector.reached():
+                    connection.sendall(_frame(line, str(entry["time"])))
+                number, head = entry["number"], entry["hash"]
+                sent += 1
+            if known != head:
+                shipped, known = _shipped(path), head
+                with writing(shipped), atomic_file(shipped) as told:
+                    told.write(json.dumps({"number": number, "hash": head}).encode())
+            if not follow:
+                return sent
+            time.sleep(PAUSE)
+            if not _is_at(path, file):
+                raise _broken(number + 1)
+
+
+def _check_open(connection: ssl.SSLSocket) -> None:
+    """Raise `OSError` where the collector has closed it: it would take a line, and lose it."""
+    connection.setblocking(False)
+    with contextlib.suppress(ssl.SSLWantReadError):
+        if not connection.recv(2**16):  # what it may say is nothing to us
+            raise ConnectionResetError(errno.ECONNRESET, "it closed the connection")
+    connection.settimeout(PATIENCE)
 
 
 def _skip(file: IO[bytes], path: Path) -> tuple[int, str]:
@@ -474,7 +506,10 @@ def _skip(file: IO[bytes], path: Path) -> tuple[int, str]:
 
 def _is_at(path: Path, file: IO[bytes]) -> bool:
     """Whether an open log is still the one at that path, and what was read of it is there."""
-    there = path.stat()
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
     return os.path.samestat(there, os.fstat(file.fileno())) and there.st_size >= file.tell()
 
 

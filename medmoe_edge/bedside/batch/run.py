@@ -420,17 +420,19 @@ def run_batch(
     inputs, output = Path(inputs), Path(output)
     recipe = recipe or Recipe()
     refuse_existing(output, force=force)
-    check_apart(output, around=(inputs, questions))
+    written = () if audit is None else audit.files
+    check_apart(output, *written, around=(inputs, questions))
     check_format(output)
     asked_of_all = None if questions is None else Path(questions)
-    items, links = read_items(inputs, asked_of_all, besides=(output,))
+    items, links = read_items(inputs, asked_of_all, besides=(output, *written))
     answering = answering or Here(recipe)
     model = answering.begin(dict.fromkeys(each for item in items for each in item.questions))
     images, left_out = len(items), dict[str, int]()
     if series is not None:
         headers = _headers(items, answering, progress)
         items, left_out = group_series(items, headers, series)
-    job = fingerprint(items, model.sha256, recipe.max_new_tokens, recipe.allow_repetition)
+    options = (recipe.max_new_tokens, recipe.allow_repetition, *(("audited",) if audit else ()))
+    job = fingerprint(items, model.sha256, *options)
     with Journal(output, job, force=force) as journal:
         if output.exists() and not force:  # of another command, which has ended meanwhile
             journal.remove()
@@ -450,14 +452,14 @@ def run_batch(
                 _audit(audit, items[number], asked)
             journal.keep(number, asked)
             progress("asking", finished, len(items))
-        written = write_results(output, items, journal, model.verification)
+        report = write_results(output, items, journal, model.verification)
         journal.remove()
     return BatchReport(
         output=str(output),
         images=images,
-        rows=written.rows,
-        errors=written.errors,
-        warned=written.warned,
+        rows=report.rows,
+        errors=report.errors,
+        warned=report.warned,
         resumed=len(done),
         seconds=time.perf_counter() - started,
         model=model._asdict(),

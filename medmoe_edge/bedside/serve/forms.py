@@ -13,6 +13,7 @@ from medmoe_edge.engine.answer import YES_NO, choices_of
 from medmoe_edge.errors import InputError
 
 MOST_PARTS = 256  # of a schema, its references followed
+LONGEST = 2**14  # characters of a schema, which takes a second to check
 # What words can be held to. Of the others some would need what the model cannot give, and some
 # (patterns, references elsewhere) could be used against the service.
 KEYWORDS = {
@@ -129,6 +130,8 @@ def choices_in(form: ResponseFormat | None) -> tuple[str, ...] | None:
 def check_schema(schema: dict[str, Any]) -> None:
     """Raise `Refusal` for what is no JSON schema, or has more than words can be held to."""
     try:
+        if len(json.dumps(schema, ensure_ascii=False)) > LONGEST:
+            raise Unfit(f"it has more than {LONGEST:,} characters")
         jsonschema.Draft202012Validator.check_schema(schema)
         if sum(1 for _ in _parts(schema, schema, ())) == 0:
             raise Unfit

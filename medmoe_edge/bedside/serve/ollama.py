@@ -27,7 +27,7 @@ from medmoe_edge.bedside.serve.openai import (
     no_such_model,
     shown_names,
 )
-from medmoe_edge.bedside.serve.routes import REFUSALS, answers_of, queued
+from medmoe_edge.bedside.serve.routes import REFUSALS, JsonRoute, answers_of, queued
 from medmoe_edge.bedside.serve.work import Work, Worker, started
 from medmoe_edge.engine.answer import Answer
 
@@ -143,7 +143,7 @@ def _limit(most: Any) -> int | None:
 
 def ollama_routes(work: Work, worker: Worker) -> APIRouter:
     """`/api/chat`, `/api/tags`, `/api/ps`, `/api/show` and `/api/version`."""
-    router = APIRouter(prefix="/api", responses=REFUSALS)
+    router = APIRouter(prefix="/api", responses=REFUSALS, route_class=JsonRoute)
 
     @router.get("/version")
     async def version() -> dict[str, str]:

@@ -27,7 +27,14 @@ from medmoe_edge.bedside.serve.forms import (
     choices_in,
     formed,
 )
-from medmoe_edge.bedside.serve.routes import EVENTS, REFUSALS, AnswerBody, event_stream, queued
+from medmoe_edge.bedside.serve.routes import (
+    EVENTS,
+    REFUSALS,
+    AnswerBody,
+    JsonRoute,
+    event_stream,
+    queued,
+)
 from medmoe_edge.bedside.serve.work import Work, Worker, started
 from medmoe_edge.engine.answer import Answer, Piece
 from medmoe_edge.engine.engine import MAX_NEW_TOKENS
@@ -290,7 +297,7 @@ class ChatCompletion(BaseModel):
 
 def openai_routes(work: Work, worker: Worker) -> APIRouter:
     """`/v1/models` and `/v1/chat/completions`."""
-    router = APIRouter(prefix="/v1", responses=REFUSALS)
+    router = APIRouter(prefix="/v1", responses=REFUSALS, route_class=JsonRoute)
 
     def loaded() -> list[dict[str, Any]]:
         models = [_model(work, work.engine, "med-moe")]

@@ -11,7 +11,14 @@ import dataclasses
 import io
 import json
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Generator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Collection,
+    Coroutine,
+    Generator,
+)
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +26,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from fastapi import APIRouter, File, Form, Request, UploadFile
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from PIL import Image as Pillow
 from PIL.PngImagePlugin import PngInfo
 from pydantic import BaseModel, ConfigDict, Field
@@ -34,6 +42,7 @@ from medmoe_edge.image.pixels import KINDS, Image, Window, finite, pick_frame
 from medmoe_edge.image.worker import NAME, Bounds, GreyValues, held, read_for_display
 
 LARGEST = 2048  # pixels of the longer side, more than a bedside screen has
+MOST_COMMAS = 2**16  # of JSON, whose images have none: each value that does not fit takes 1 KB
 
 
 class Codes(BaseModel):
@@ -295,6 +304,22 @@ async def check_once(request: Request, listed: Collection[str] = ()) -> None:
         if counts[name] > 1:
             what = f"{name} is there {counts[name]} times."
             raise Refusal(422, "invalid_request", what, "Send it once.")
+
+
+class JsonRoute(APIRoute):
+    """A route whose body is JSON, of which no more is read than can be told to be wrong."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's own, and this check before it."""
+        handle = super().get_route_handler()
+
+        async def checked(request: Request) -> Response:
+            if request.method == "POST" and (await request.body()).count(b",") > MOST_COMMAS:
+                what = "The JSON has too many values."
+                raise Refusal(413, "too_large", what, "Send the last messages alone.")
+            return await handle(request)
+
+        return checked
 
 
 def own_routes(work: Work, worker: Worker) -> APIRouter:

@@ -151,7 +151,7 @@ MAX_CONNECTIONS = 256
 
 
 class TimeoutProtocol(H11Protocol):
-    """Ends connections whose request does not come, or whose answer nobody takes.
+    """Ends connections whose request does not come to its end, or whose answer nobody takes.
 
     uvicorn itself waits for ever, and so does closing, where the peer is there and does not read.
     """
@@ -177,6 +177,13 @@ class TimeoutProtocol(H11Protocol):
         super().resume_writing()
         self._took = True
 
+    def on_response_complete(self) -> None:
+        """Give the rest of a body that was answered before its end some time, too."""
+        super().on_response_complete()
+        if self._is_unread:
+            self._stop_timer()
+            self._head_timer = self.loop.call_later(SENDING, self.transport.close)
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clocks."""
         super().connection_lost(exc)
@@ -184,8 +191,13 @@ class TimeoutProtocol(H11Protocol):
         if self._sending_timer is not None:
             self._sending_timer.cancel()
 
+    @property
+    def _is_unread(self) -> bool:
+        """Whether what comes is the rest of a request that has its answer."""
+        return self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE
+
     def _watch_head(self) -> None:
-        if self.conn.their_state is not h11.IDLE:
+        if self.conn.their_state is not h11.IDLE and not self._is_unread:
             self._stop_timer()
         elif self._head_timer is None:
             self._head_timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
