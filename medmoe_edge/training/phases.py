@@ -195,7 +195,7 @@ def instruct(
     router = None
     if model.config.moe is not None and recipe.experts_from == "instruction":
         tie_routers(model)  # one classifier, which learns with the experts that it feeds
-    elif recipe.router == "joint" and not _keeps_router(model, moe, corpus):
+    elif recipe.router == "joint" and not keeps_router(model, moe, corpus):
         router = nn.Linear(model.config.decoder.hidden_size, moe.num_experts, bias=moe.router_bias)
     objective = Objective(model, router, moe.layers)
     fit_instructions("instruction", objective, corpus, recipe.instruction, batches, session)
@@ -233,7 +233,7 @@ def route(
     """
     moe = config.moe
     assert moe is not None
-    if _keeps_router(model, moe, corpus):
+    if keeps_router(model, moe, corpus):
         return model
     device = session.accelerator.device
     with session.accelerator.main_process_first():
@@ -255,7 +255,8 @@ def route(
     return model
 
 
-def _keeps_router(model: MedMoE, moe: MoEConfig, corpus: Corpus) -> bool:
+def keeps_router(model: MedMoE, moe: MoEConfig, corpus: Corpus) -> bool:
+    """Whether the data cannot teach a router: no modality is named, or only some of the model's."""
     named = set(corpus.modalities)
     return model.config.moe is not None and (not named or named < set(moe.expert_names))
 

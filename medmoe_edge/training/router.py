@@ -40,6 +40,9 @@ from medmoe_edge.training.data import (
 MOST = 200  # images of a modality that a router is fitted to
 ROUNDS = 3  # in which a router is fitted
 AT_ONCE = 8  # images
+MARGIN = 0.1  # of logits, by which the tokens of every prompt's beginning choose their experts
+ENOUGH = 0.99 * MARGIN  # as projections only come near it
+SETTLINGS, PROJECTIONS = 3, 1000  # a changed router changes what later layers see, by a little
 _PENALTY = 1e-3  # of a weight's square: features can be separable
 
 
@@ -299,6 +302,70 @@ def install(model: MedMoE, router: nn.Linear) -> None:
     """Copy the router into every layer that holds experts."""
     for layer in model.config.moe_layers:
         model.moe_layer(layer).router.load_state_dict(router.state_dict())
+
+
+def settle(model: MedMoE, prefix: Sequence[int]) -> int:
+    """Change the routers, in place and by little, so that no token of `prefix` is undecided.
+
+    Every prompt begins with these tokens, of which no label tells a modality: where two experts are
+    all but even for one, rounding decides it otherwise in a quantised model, in each question. The
+    same change is made in all layers, by projections onto what is violated most (Kaczmarz).
+
+    Returns:
+        How many choices were closer than that.
+    """
+    layers = [model.moe_layer(layer) for layer in model.config.moe_layers]
+    chosen: Tensor | None = None
+    close = 0
+    model.eval()
+    with torch.no_grad():
+        for _ in range(SETTLINGS):
+            states, logits = _seen(model, prefix)
+            if chosen is None:
+                chosen = logits.topk(layers[0].top_k).indices
+                close = int((_gaps(logits, chosen).amin((1, 2)) < ENOUGH).sum())
+            change = _projected(states, logits, chosen)
+            for layer in layers:
+                layer.router.weight += change[:, : states.shape[1] - 1]
+                if layer.router.bias is not None:
+                    layer.router.bias += change[:, -1]
+    return close
+
+
+def _seen(model: MedMoE, prefix: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """What the routers see of each token in each layer, and make of it: `[N, D + 1]`, `[N, E]`.
+
+    A state ends in 1, which is what a bias is for, or in 0 where there is none.
+    """
+    output = model(model.embed(torch.tensor([prefix], device=model.decoder.embed.weight.device)))
+    layers = model.config.moe_layers
+    inputs = torch.stack([output.ffn_inputs[layer][0] for layer in layers], 1)  # [S, M, D]
+    states = inputs.flatten(0, 1).float()
+    has_bias = model.moe_layer(layers[0]).router.bias is not None
+    ends = states.new_full((len(states), 1), float(has_bias))
+    return torch.cat((states, ends), 1), model.router_logits(output)[0].flatten(0, 1)
+
+
+def _gaps(logits: Tensor, chosen: Tensor) -> Tensor:
+    """How far each choice is above each expert that was not chosen, `[N, K, E]`; else infinite."""
+    gaps = logits.gather(1, chosen)[:, :, None] - logits[:, None, :]
+    is_chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
+    return gaps.masked_fill(is_chosen[:, None, :], torch.inf)
+
+
+def _projected(states: Tensor, logits: Tensor, chosen: Tensor) -> Tensor:
+    """A small change `[E, D + 1]` of the routers that leaves no gap below `ENOUGH`."""
+    change = states.new_zeros(logits.shape[1], states.shape[1])
+    for _ in range(PROJECTIONS):
+        gaps = _gaps(logits + states @ change.T, chosen)
+        least = gaps.min()
+        if least >= ENOUGH:
+            break
+        token, slot, other = (int(at) for at in torch.unravel_index(gaps.argmin(), gaps.shape))
+        step = (MARGIN - least) / (2 * states[token].square().sum()) * states[token]
+        change[chosen[token, slot]] += step
+        change[other] -= step
+    return change
 
 
 def loaded(read: Checkpoint) -> MedMoE:

@@ -69,6 +69,7 @@ from medmoe_edge.training.phases import (
     align,
     expand,
     instruct,
+    keeps_router,
     route,
     specialise,
     upcycle,
@@ -81,7 +82,7 @@ from medmoe_edge.training.questions import (
 )
 from medmoe_edge.training.recipe import MIN_VOCABULARY, PhaseConfig, Recipe
 from medmoe_edge.training.report import PRECISION, Planned, TrainOptions, begin_run
-from medmoe_edge.training.router import loaded
+from medmoe_edge.training.router import loaded, settle
 from medmoe_edge.training.tower import teach_tower, what_is_seen
 
 PHASES = ("alignment", "instruction", "moe")
@@ -179,6 +180,9 @@ def train(
     if recipe.experts_from == "moe":
         model = route(model, router, config, corpus, batches, session)
     specialise(model, corpus, recipe.moe, batches, session)
+    if not keeps_router(model, moe, corpus):
+        close = settle(model, batches.prefix)
+        session.say(f"Settled {close} close choices of the tokens that begin every prompt.")
     if recipe.border is not None:
         asking = Asking(corpus.border, config.refusals)
         fit_border(model, asking, corpus.questions, recipe.border, batches, session)

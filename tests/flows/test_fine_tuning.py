@@ -18,6 +18,7 @@ from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.config import MoEConfig
 from medmoe_edge.data.datasets import LabelledImage, read_labels
 from medmoe_edge.errors import CheckpointError, DataError, InputError, ResourceError
+from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.training import router
 from medmoe_edge.training.data import Batches, instructions
@@ -29,6 +30,7 @@ from medmoe_edge.training.router import (
     import_into,
     loaded,
     pooled_features,
+    settle,
     train_router,
 )
 from medmoe_edge.training.run import PHASES, check_memory, train
@@ -243,6 +245,36 @@ def test_a_fitted_router_tells_what_is_linear_apart() -> None:
         assert (router.bias is not None) == bias
     with pytest.raises(DataError, match="1 of 6 modalities have no labelled image"):
         fit_router(Features(pooled, modality, modality >= 0), 6, bias=True)
+
+
+@pytest.mark.parametrize(("top_k", "bias"), [(1, True), (2, True), (1, False)])
+def test_no_token_that_begins_every_prompt_is_undecided(top_k: int, bias: bool) -> None:
+    torch.manual_seed(3)
+    tiny = PRESETS["tiny"]
+    assert tiny.moe is not None
+    model = MedMoE(replace(tiny, moe=replace(tiny.moe, top_k=top_k, router_bias=bias))).eval()
+    prefix, others = list(range(5, 45)), list(range(100, 250))
+
+    def chosen(ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The experts of each token in each layer, and by how much the last is above the next."""
+        with torch.no_grad():
+            logits = model.router_logits(model(model.embed(torch.tensor([ids]))))
+        best = logits.sort(descending=True)
+        gap = best.values[..., top_k - 1] - best.values[..., top_k]
+        return best.indices[..., :top_k].sort().values, gap
+
+    layers = [model.moe_layer(layer).router for layer in tiny.moe.layers]
+    weights = [layer.weight.clone() for layer in layers]
+    (before, gaps), (elsewhere, _) = chosen(prefix), chosen(others)
+    assert int((gaps < 0.099).sum()) >= 10
+    assert settle(model, prefix) == int((gaps < 0.099).sum())
+    after, gaps = chosen(prefix)
+    assert torch.equal(after, before)
+    assert gaps.min() >= 0.098
+    changes = [layer.weight - own for layer, own in zip(layers, weights, strict=True)]
+    assert all(torch.allclose(change, changes[0], atol=1e-6) for change in changes)
+    assert (chosen(others)[0] == elsewhere).double().mean() > 0.8
+    assert settle(model, prefix) == 0
 
 
 def router_file(folder: Path, experts: int = 4, size: int = 64) -> tuple[Path, torch.Tensor]:
