@@ -128,7 +128,10 @@ def _transformer(
     tower_keys = [key for key in shapes if key.startswith(CLIP_PREFIX)]
     stored = sum(key.endswith(".layer_norm1.weight") for key in tower_keys)
     described = (tower or {}).get("vision_config", tower) or {}
-    _check_keys(described, described, "The tower's config.json vision_config")
+    if not isinstance(described, Mapping):
+        raise ConfigError(
+            "The tower's config.json vision_config must be an object.", "Check the file's structure."
+        )
     feature = data.get("mm_vision_select_feature", "patch")
     heads = described.get("num_attention_heads", _heads(data, size, clip))
     if heads is None or not (clip or pad_to_square):

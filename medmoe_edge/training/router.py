@@ -326,9 +326,9 @@ def settle(model: MedMoE, prefix: Sequence[int]) -> int:
                 close = int((_gaps(logits, chosen).amin((1, 2)) < ENOUGH).sum())
             change = _projected(states, logits, chosen)
             for layer in layers:
-                layer.router.weight += change[:, : states.shape[1] - 1]
+                layer.router.weight.add_(change[:, : states.shape[1] - 1])
                 if layer.router.bias is not None:
-                    layer.router.bias += change[:, -1]
+                    layer.router.bias.add_(change[:, -1])
     return close
 
 
