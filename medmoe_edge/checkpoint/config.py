@@ -130,7 +130,7 @@ def _transformer(
     described = (tower or {}).get("vision_config", tower) or {}
     if not isinstance(described, Mapping):
         raise ConfigError(
-            "The tower's config.json vision_config must be an object.", "Check the file's structure."
+            "The tower's config.json vision_config must be an object.", "Check the file."
         )
     feature = data.get("mm_vision_select_feature", "patch")
     heads = described.get("num_attention_heads", _heads(data, size, clip))
