@@ -21,6 +21,7 @@ from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.errors import ConfigError, DataError, InputError, MissingDependencyError
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.presets import PRESETS
+from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.training import loop
 from medmoe_edge.training.data import IMAGE_ID, Batch, Batches, Conversation
 from medmoe_edge.training.initialise import new_dense_model
@@ -155,7 +156,14 @@ def test_the_checkpoint_is_an_official_folder(unbroken: Path) -> None:
     model = MedMoE(CONFIG)
     model.load_state_dict({name: tensor.float() for name, tensor in checkpoint})
     for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor, final[name], rtol=2**-8, atol=0.0)
+        if "router" not in name:  # which are settled afterwards, by little
+            torch.testing.assert_close(tensor, final[name], rtol=2**-8, atol=0.0)
+        elif name.endswith("weight"):
+            assert (tensor - final[name]).norm() < 0.2 * final[name].norm()
+    ids = torch.tensor([Tokenizer.from_file(checkpoint.tokenizer_file).prefix_ids()])
+    with torch.no_grad():
+        best = model.eval().router_logits(model(model.embed(ids))).topk(2).values
+    assert (best[..., 0] - best[..., 1]).min() > 0.09
 
 
 def broken_off(function: Callable[..., Any], after: int) -> Callable[..., Any]:
