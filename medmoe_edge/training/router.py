@@ -312,7 +312,7 @@ def settle(model: MedMoE, prefix: Sequence[int]) -> int:
     same change is made in all layers, by projections onto what is violated most (Kaczmarz).
 
     Returns:
-        How many choices were closer than that.
+        How many choices were closer than `ENOUGH`.
     """
     layers = [model.moe_layer(layer) for layer in model.config.moe_layers]
     chosen: Tensor | None = None
