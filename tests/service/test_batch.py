@@ -542,6 +542,28 @@ def test_an_image_that_was_changed_is_asked_again(
     assert len(rows(tmp_path / "out.parquet")) == 8
 
 
+def test_an_image_at_which_the_machine_failed_is_asked_again(
+    engine: StandIn, scans: Path, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask_all = engine.ask_all
+
+    def without_memory(path: str, *about: Any, **options: Any) -> list[Answer]:
+        if Path(path).name == "a.png":
+            raise ResourceError("There is no memory left.", "Free some.")
+        return ask_all(path, *about, **options)
+
+    monkeypatch.setattr(engine, "ask_all", without_memory)
+    engine.dies = 2
+    with pytest.raises(KeyboardInterrupt):
+        go(scans, questions)
+    monkeypatch.setattr(engine, "ask_all", ask_all)
+    engine.dies = None
+    engine.asked.clear()
+    report = go(scans, questions)
+    assert engine.asked == ["a.png", "é.png"]
+    assert (report.resumed, report.changed, report.errors) == (2, 1, 2)  # the text is no image
+
+
 def test_a_pipe_among_the_images_holds_nothing_up(
     engine: StandIn, scans: Path, questions: Path, tmp_path: Path
 ) -> None:

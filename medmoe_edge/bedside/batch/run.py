@@ -299,18 +299,14 @@ def check(engine: Engine, questions: Iterable[str], max_new_tokens: int) -> Iden
 
 
 def answer(engine: Engine, item: Item, max_new_tokens: int) -> Asked:
-    """Ask about an image or a series."""
-    hashes = hashes_of(item)  # before, so that a file that changes meanwhile counts as changed
-    return Asked(hashes, _answer(engine, item, max_new_tokens))
+    """Ask about an image or a series.
 
-
-def _answer(engine: Engine, item: Item, max_new_tokens: int) -> list[Row]:
-    """A row for each question; what is wrong with the image is told in all of them.
-
-    Of a series each slice is asked, one after the other, and they vote; those that cannot be read
+    There is a row for each question; what is wrong with the image is told in all of them. Of a series each slice is asked, one after the other, and they vote; those that cannot be read
     are left out and told of, and only where none can be read there is no answer. Where the model
-    or the machine fails there is none either: that is no fault of a slice.
+    or the machine fails there is none either: that is no fault of a slice. Where the machine fails
+    no hashes are kept, so that a resumed run asks again.
     """
+    hashes = hashes_of(item)  # before, so that a file that changes meanwhile counts as changed
     by_slice: dict[str, list[Answer]] = {}
     error: MedMoEError | None = None
     try:
@@ -322,11 +318,13 @@ def _answer(engine: Engine, item: Item, max_new_tokens: int) -> list[Row]:
     except MedMoEError as wrong:
         by_slice, error = {}, wrong
     if not by_slice:
-        return [_row(engine, question, error=str(error)) for question in item.questions]
+        rows = [_row(engine, question, error=str(error)) for question in item.questions]
+        return Asked({} if isinstance(error, ResourceError) else hashes, rows)
     if not item.slices:
-        return [_row(engine, each.question, each) for each in by_slice[item.image]]
+        return Asked(hashes, [_row(engine, each.question, each) for each in by_slice[item.image]])
     notices = (*item.notices, *((UNREADABLE,) if error else ()))
-    return [_voted_row(engine, by_slice, place, notices) for place in range(len(item.questions))]
+    places = range(len(item.questions))
+    return Asked(hashes, [_voted_row(engine, by_slice, place, notices) for place in places])
 
 
 def _voted_row(
@@ -368,7 +366,7 @@ class BatchReport:
     `warned` rows have an answer with warnings.
 
     Of `images` images, `resumed` had been done by earlier runs, and `changed` too, but are other
-    files since and were asked again; `links` are the paths without rows, each with the one that
+    files since, or the machine had failed at them, and were asked again; `links` are the paths without rows, each with the one that
     leads to the same file and has them. `seconds` are of this run. By series, `series` is their
     number, with images that stand alone, `resumed` counts these, and `left_out` are images that
     are not asked about, by the reason.
