@@ -12,9 +12,11 @@ from typing import Any
 import psutil
 import pytest
 from command_line import Run, two_lines
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import medmoe_edge.bedside.audit.log as audit
 from medmoe_edge.bedside.audit.log import GENESIS, AuditLog, kept_head, verify_log
 from medmoe_edge.errors import DataError, InputError, ResourceError
 
@@ -246,6 +248,19 @@ def test_several_processes_write_one_log(tmp_path: Path) -> None:
         assert process.exitcode == 0
     report = verify_log(path)
     assert (report.intact, report.entries) == (True, 30)
+
+
+def test_an_entry_does_not_wait_for_ever(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a process that was stopped while it held the log."""
+    monkeypatch.setattr(audit, "LOCK_SECONDS", 0.1)
+    before = log.read_bytes()
+    with FileLock(f"{log}.lock"):
+        with pytest.raises(ResourceError, match=r"another process has held it for 0\.1 s"):
+            write(log, "e")
+        with pytest.raises(ResourceError, match="another process"):
+            AuditLog(log).check()
+    assert log.read_bytes() == before
+    assert verify_log(write(log, "e")).entries == 5
 
 
 def test_the_verb_verifies(run: Run, log: Path) -> None:

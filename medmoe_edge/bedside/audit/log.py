@@ -46,13 +46,14 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import platformdirs
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from medmoe_edge.atomic import atomic_file, sync_folder, writing
 from medmoe_edge.errors import DataError, InputError, ResourceError, unreadable
 
 GENESIS = "0" * 64
 MAX_LINE = 2**20  # bytes; a question has at most 10,000 characters
+LOCK_SECONDS = 60  # that an entry waits for those of other processes
 BEGINNING = b'{"answer":'  # of every line, whose keys are sorted
 
 FIELDS = {
@@ -211,7 +212,9 @@ class AuditLog:
             what = f"{self.path.parent}, where the audit log is to be, is not a folder."
             raise InputError(what, "Make it first, or choose another.")
         # A lock of the system's, which ends with its process; never a file that a crash leaves.
-        self._lock = FileLock(f"{self.path}.lock", mode=0o600, fallback_to_soft=False)
+        self._lock = FileLock(
+            f"{self.path}.lock", timeout=LOCK_SECONDS, mode=0o600, fallback_to_soft=False
+        )
         self._missing: str | None = None  # a kept head that is not in it, as was said
 
     @property
@@ -248,17 +251,14 @@ class AuditLog:
             "answer": answer,
             "input_sha256": input_sha256,
         }
-        try:
-            with self._lock, self._opened() as file:
-                number, previous = _last(file)
-                line = sealed({**entry, "number": number + 1, "previous": previous})
-                if len(line) >= MAX_LINE:
-                    raise InputError("An audit entry is too long.", "Ask a shorter question.")
-                _write(file, line)
-                if is_head or self._has_kept_head(file, number, previous):
-                    _keep_head(self.path, number + 1, json.loads(line)["hash"])
-        except OSError as error:
-            raise _unwritable(error.strerror or type(error).__name__) from error
+        with self._opened() as file:
+            number, previous = _last(file)
+            line = sealed({**entry, "number": number + 1, "previous": previous})
+            if len(line) >= MAX_LINE:
+                raise InputError("An audit entry is too long.", "Ask a shorter question.")
+            _write(file, line)
+            if is_head or self._has_kept_head(file, number, previous):
+                _keep_head(self.path, number + 1, json.loads(line)["hash"])
 
     def record_restore(self, backup_sha256: str, *, is_restored: bool) -> None:
         """Write an entry about a backup that is being restored; raises what `append` does.
@@ -283,13 +283,11 @@ class AuditLog:
     def check(self) -> None:
         """Raise `ResourceError` unless the next entries could be written."""
         try:
-            with self._lock, self._opened() as file:
+            with self._opened() as file:
                 _last(file)
                 room = shutil.disk_usage(self.path.parent).free
         except DataError as error:
             raise ResourceError(error.what, error.remedy) from error
-        except OSError as error:
-            raise _unwritable(error.strerror or type(error).__name__) from error
         if room < MAX_LINE:
             raise _unwritable("the disk is full")
 
@@ -317,14 +315,24 @@ class AuditLog:
         self._missing = kept[1]
         return False
 
-    def _opened(self) -> IO[bytes]:
-        is_new = not self.path.exists()
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
-        if is_new:
-            sync_folder(self.path.parent)
-        if os.name == "posix" and stat.S_IMODE(os.fstat(descriptor).st_mode) & 0o077:
-            os.fchmod(descriptor, 0o600)  # whoever made it
-        return os.fdopen(descriptor, "r+b", buffering=0)
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[IO[bytes]]:
+        """The log, for nobody else meanwhile; what the system refuses is a `ResourceError`."""
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+        try:
+            with self._lock:
+                is_new = not self.path.exists()
+                descriptor = os.open(self.path, flags, 0o600)
+                if is_new:
+                    sync_folder(self.path.parent)
+                if os.name == "posix" and stat.S_IMODE(os.fstat(descriptor).st_mode) & 0o077:
+                    os.fchmod(descriptor, 0o600)  # whoever made it
+                with os.fdopen(descriptor, "r+b", buffering=0) as file:
+                    yield file
+        except Timeout as error:
+            raise _unwritable(f"another process has held it for {LOCK_SECONDS} s") from error
+        except OSError as error:
+            raise _unwritable(error.strerror or type(error).__name__) from error
 
 
 def _unwritable(why: str) -> ResourceError:

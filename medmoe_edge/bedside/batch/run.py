@@ -301,10 +301,11 @@ def check(engine: Engine, questions: Iterable[str], max_new_tokens: int) -> Iden
 def answer(engine: Engine, item: Item, max_new_tokens: int) -> Asked:
     """Ask about an image or a series.
 
-    There is a row for each question; what is wrong with the image is told in all of them. Of a series each slice is asked, one after the other, and they vote; those that cannot be read
-    are left out and told of, and only where none can be read there is no answer. Where the model
-    or the machine fails there is none either: that is no fault of a slice. Where the machine fails
-    no hashes are kept, so that a resumed run asks again.
+    There is a row for each question; what is wrong with the image is told in all of them. Of a
+    series each slice is asked, one after the other, and they vote; those that cannot be read are
+    left out and told of, and only where none can be read there is no answer. Where the model or the
+    machine fails there is none either: that is no fault of a slice. Where the machine fails no
+    hashes are kept, so that a resumed run asks again.
     """
     hashes = hashes_of(item)  # before, so that a file that changes meanwhile counts as changed
     by_slice: dict[str, list[Answer]] = {}
@@ -366,10 +367,10 @@ class BatchReport:
     `warned` rows have an answer with warnings.
 
     Of `images` images, `resumed` had been done by earlier runs, and `changed` too, but are other
-    files since, or the machine had failed at them, and were asked again; `links` are the paths without rows, each with the one that
-    leads to the same file and has them. `seconds` are of this run. By series, `series` is their
-    number, with images that stand alone, `resumed` counts these, and `left_out` are images that
-    are not asked about, by the reason.
+    files since, or the machine had failed at them, and were asked again; `links` are the paths
+    without rows, each with the one that leads to the same file and has them. `seconds` are of this
+    run. By series, `series` is their number, with images that stand alone, `resumed` counts these,
+    and `left_out` are images that are not asked about, by the reason.
     """
 
     output: str
