@@ -893,10 +893,14 @@ class Pacs(GivingUp):
 
 @contextlib.contextmanager
 def fetching(
-    folder: Path, patch: pytest.MonkeyPatch, studies: Iterable[Dataset], refuses: dict[str, int]
+    folder: Path,
+    patch: pytest.MonkeyPatch,
+    studies: Iterable[Dataset],
+    refuses: dict[str, int],
+    kind: type[Pacs] = Pacs,
 ) -> Iterator[tuple[Node, Pacs]]:
     """A node whose source is such a PACS, which it asks ten times within a second."""
-    pacs = Pacs(studies, refuses)
+    pacs = kind(studies, refuses)
     patch.setattr("medmoe_edge.bedside.listen.fetching.associated", lambda *_, **__: pacs)
     patch.setattr("medmoe_edge.bedside.listen.node.LONGEST_DELAY", 0.05)
     sources = [SOURCES["move"] | {"port": free_port()}]
@@ -949,6 +953,32 @@ def test_a_study_that_is_refused_for_good_is_given_up(
         number = node.desk.request(STUDY, 0, "")
         wait_for(lambda: pacs.moved[STUDY] > 21)
         assert node.desk.fetched(number) == ("waiting", "")
+
+
+class Dawdling(Pacs):
+    """One that says that it goes on, and sends nothing."""
+
+    def send_c_move(self, wanted: Dataset, *_: Any) -> Iterator[tuple[Dataset, None]]:
+        self.moved[wanted.StudyInstanceUID] += 1
+        going = Dataset()
+        going.Status, going.NumberOfRemainingSuboperations = 0xFF00, 7
+        while not self.aborted:
+            time.sleep(0.01)
+            yield going, None
+
+
+def test_a_source_that_says_for_ever_that_it_goes_on_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("medmoe_edge.bedside.listen.fetching.PATIENCE", 0.2)
+    with fetching(tmp_path, monkeypatch, [study()], {}, Dawdling) as (node, pacs):
+        number = node.desk.request(STUDY, 0, "")
+        wait_for(lambda: pacs.aborted)
+        pacs.aborted = False
+        wait_for(lambda: pacs.moved[STUDY] > 1)
+        assert node.desk.fetched(number) == ("waiting", "")
+        wait_for(lambda: pacs.aborted)
+    assert "it says that it goes on, and has sent nothing for 0 s" in caplog.text
 
 
 @pytest.mark.parametrize("status", [0xA701, 0xC001])

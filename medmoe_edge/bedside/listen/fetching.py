@@ -67,7 +67,7 @@ FIND = StudyRootQueryRetrieveInformationModelFind
 MOVE = StudyRootQueryRetrieveInformationModelMove
 GET = StudyRootQueryRetrieveInformationModelGet
 MOST_CLASSES = 127  # in an association, beside C-GET itself
-PATIENCE = 600.0  # seconds until a source says how far it is
+PATIENCE = 600.0  # seconds until a source says how far it is, and until it is any further
 ANY_SYNTAX = 'multipart/related; type="application/dicom"; transfer-syntax=*'
 NO_CONTENT = 204  # of HTTP
 ASKED_FOR = ("StudyInstanceUID", "PatientID", "StudyDate", "StudyTime", "IssuerOfPatientID")
@@ -298,17 +298,32 @@ class DicomFinder:
         association = self._associated(MOVE if moves else GET)
         association.dimse_timeout = PATIENCE
         try:
-            *_, (last, _) = (
+            last = self._awaited(
                 association.send_c_move(wanted, self.ae_title, MOVE, self.message)
                 if moves
                 else association.send_c_get(wanted, GET)
             )
+        except ResourceError:
+            association.abort()  # it would go on
+            raise
         except (ValueError, RuntimeError) as error:
             raise ResourceError("it gives out no studies", LOG) from error
         finally:
             association.release()
         self._check_last(last)
         return self._outcome(last)
+
+    def _awaited(self, answers: Iterable[tuple[Dataset, object]]) -> Dataset:
+        """The last answer; raises `ResourceError` for a source that only says that it goes on."""
+        last, so_far, since = Dataset(), None, time.monotonic()
+        for last, _ in answers:
+            now = self._got.objects, *(_count(last, each) for each in ("Remaining", "Completed"))
+            if now != so_far:
+                so_far, since = now, time.monotonic()
+            elif time.monotonic() > since + PATIENCE:
+                what = f"it says that it goes on, and has sent nothing for {PATIENCE:.0f} s"
+                raise ResourceError(what, LOG)
+        return last
 
     def _outcome(self, last: Dataset) -> Retrieved:
         """By what came here, and the counts in the last answer.
