@@ -212,9 +212,7 @@ class AuditLog:
             what = f"{self.path.parent}, where the audit log is to be, is not a folder."
             raise InputError(what, "Make it first, or choose another.")
         # A lock of the system's, which ends with its process; never a file that a crash leaves.
-        self._lock = FileLock(
-            f"{self.path}.lock", timeout=LOCK_SECONDS, mode=0o600, fallback_to_soft=False
-        )
+        self._lock = FileLock(f"{self.path}.lock", LOCK_SECONDS, 0o600, fallback_to_soft=False)
         self._missing: str | None = None  # a kept head that is not in it, as was said
 
     @property
@@ -330,7 +328,8 @@ class AuditLog:
                 with os.fdopen(descriptor, "r+b", buffering=0) as file:
                     yield file
         except Timeout as error:
-            raise _unwritable(f"another process has held it for {LOCK_SECONDS} s") from error
+            what = f"Another process has held the audit log for {LOCK_SECONDS} s."
+            raise ResourceError(what, "End it; nothing is answered unaudited.") from error
         except OSError as error:
             raise _unwritable(error.strerror or type(error).__name__) from error
 
