@@ -110,13 +110,37 @@ def _as_int4(source: ir.TensorProtocol) -> Array:
     return source.numpy().astype(np.int8).astype(ml_dtypes.int4)
 
 
+def placed(tensor: ir.ExternalTensor, location: Path | str, start: int = 0) -> ir.ExternalTensor:
+    """The tensor in the file `location`, which begins with byte `start` of the tensor's own file.
+
+    The result has no base folder: in a base folder onnx-ir refuses files with several hard links
+    and links out of it. Environments that uv made, deduplicated copies and the Hugging Face Hub's
+    cache have such files. The manifest's hashes say whether a file is the right one.
+    """
+    return ir.ExternalTensor(
+        location,
+        (tensor.offset or 0) - start,
+        tensor.length,
+        tensor.dtype,
+        shape=ir.Shape(tensor.shape.numpy()),
+        name=there(tensor.name),
+    )
+
+
 def load_graph(path: Path) -> ir.Model:
     """A bundle's graph, its weights left on disk; raises `BundleError`."""
+    damaged = BundleError(f"{path} cannot be read.", "Copy or export it again.")
     try:
-        return ir.load(path)
+        model = ir.load(path)
     except Exception as error:  # protobuf and onnx-ir raise what they like
-        damaged = BundleError(f"{path} cannot be read.", "Copy or export it again.")
         raise (of_machine(str(path), error) or damaged) from error
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            if Path(tensor.location).name != str(tensor.location):  # in another folder
+                raise damaged
+            value.const_value = placed(tensor, path.absolute().parent / tensor.location)
+    return model
 
 
 class StoredWeights:

@@ -69,7 +69,7 @@ from medmoe_edge.export.passes.ort_cpu import (
     lower_matmul,
 )
 from medmoe_edge.export.quantise import insert_dequantise
-from medmoe_edge.export.stored import StoredWeights, specify
+from medmoe_edge.export.stored import StoredWeights, placed, specify
 
 WEIGHTS = "expert.data"
 PER_GROUP = 3 * 4  # bytes, see `loaded_bytes`
@@ -168,15 +168,7 @@ def _place_expert(model: ir.Model, stored: StoredWeights, owner: str, start: int
         assert tensor_of(value).nbytes == tensor.nbytes
         own = name.removeprefix(f"{owner}.")
         if isinstance(tensor, ir.ExternalTensor):
-            assert tensor.offset is not None
-            value.const_value = ir.ExternalTensor(
-                WEIGHTS,
-                tensor.offset - start,
-                tensor.length,
-                tensor.dtype,
-                shape=ir.Shape(tensor.shape.numpy()),
-                name=own,
-            )
+            value.const_value = placed(tensor, WEIGHTS, start)
         else:
             value.const_value = ir.tensor(tensor.numpy(), name=own)
         value.name = own
@@ -341,6 +333,7 @@ def _place_weights(model: ir.Model, stored: Mapping[str, ir.TensorProtocol]) -> 
     initializers = model.graph.initializers
     for name, value in sorted(initializers.items()):
         initializers[name] = initializers.pop(name)
-        tensor = stored[name]
-        assert tensor_of(value).nbytes == tensor.nbytes
-        value.const_value = tensor
+        assert tensor_of(value).nbytes == stored[name].nbytes
+        value.const_value = tensor = stored[name]
+        if isinstance(tensor, ir.ExternalTensor):
+            value.const_value = placed(tensor, "decoder.data")

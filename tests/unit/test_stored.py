@@ -1,9 +1,12 @@
 """A bundle's decoder as it was specified, from the bundle alone."""
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from graphs import run_all
@@ -17,7 +20,7 @@ from medmoe_edge.export.builder import tensor_of
 from medmoe_edge.export.decoder import DecoderBuilder
 from medmoe_edge.export.plan import Plan
 from medmoe_edge.export.quantise import quantise_weights
-from medmoe_edge.export.stored import StoredWeights, specification
+from medmoe_edge.export.stored import StoredWeights, float_vision, specification
 from medmoe_edge.export.weights import WeightSource
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 
@@ -72,6 +75,36 @@ def test_it_computes_what_the_bundle_computes(tiny_bundle: Make, preset: str) ->
 
 def error(found: Floats, expected: Floats) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])  # as uv installs, as the Hub caches
+def test_linked_files_are_read(
+    tiny_bundle: Make, tmp_path: Path, link: Callable[[Path, Path], None]
+) -> None:
+    folder, elsewhere, linked = tiny_bundle("int4"), tmp_path / "blobs", tmp_path / "bundle"
+    shutil.copytree(folder, elsewhere)
+    linked.mkdir()
+    for path in elsewhere.iterdir():
+        link(path, linked / path.name)
+    for graph in (specification, float_vision):
+        ours, theirs = (graph(Bundle.open(each)).graph.initializers for each in (linked, folder))
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert tensor_of(ours[name]).tobytes() == tensor_of(value).tobytes(), name
+
+
+def test_a_graph_reads_only_files_beside_it(tiny_bundle: Make, tmp_path: Path) -> None:
+    shutil.copy(tiny_bundle("fp32") / "decoder.data", tmp_path)
+    graph, folder = tiny_bundle("fp32") / "decoder.onnx", tmp_path / "bundle"
+    folder.mkdir()
+    model = onnx.load(graph, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../decoder.data"
+    onnx.save(model, folder / "decoder.onnx")
+    with pytest.raises(BundleError, match=r"decoder\.onnx cannot be read"):
+        StoredWeights(folder / "decoder.onnx")
 
 
 def test_a_graph_that_cannot_be_read_is_said_so(tmp_path: Path) -> None:
