@@ -34,6 +34,7 @@ from medmoe_edge.render import console as render
 log = logging.getLogger("medmoe_edge")
 SWITCHES = {"-q", "--quiet", "-v", "--verbose"}
 ENDED = {INTERRUPTED: "Interrupted", TERMINATED: "Terminated"}
+SIZES = ("COLUMNS", "LINES", "TERMINAL_WIDTH")  # rich prints nothing at all in 0 columns
 NARROW = 72  # columns, below which a help without boxes is easier to read
 EXIT_CODES = (
     "Exit codes: 0 done; 2 bad usage or input; 3 bad model; 4 a gate failed; 5 memory, disk, a "
@@ -166,6 +167,9 @@ def start(verbs: typer.Typer) -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed: the next file that is opened would take its place
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+    for name in SIZES:
+        if not re.fullmatch("[1-9][0-9]{0,3}", os.environ.get(name, "80")):
+            del os.environ[name]
     if not sys.warnoptions:  # meant for programmers, who can turn them on with python -W
         warnings.simplefilter("ignore")
     if isinstance(sys.stdout, io.TextIOWrapper):  # a locale may lack a question's letters

@@ -154,6 +154,15 @@ def test_a_full_output_is_two_lines(line: list[str]) -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("size", ["0", "99999999999", "\N{SUPERSCRIPT TWO}"])
+def test_a_terminal_of_an_impossible_size_shows_everything(size: str) -> None:
+    odd = dict.fromkeys(("COLUMNS", "LINES", "TERMINAL_WIDTH"), size)
+    result = start("ask", "no.png", "Is it?", environment={**os.environ, **odd})
+    assert result.stderr == "'no.png' does not exist.\nCheck the path.\n"
+    result = start("audit", "-h", environment={**os.environ, **odd})
+    assert "medmoe-edge audit verify" in result.stdout, result.stderr
+
+
 def test_a_picture_from_standard_input(
     loaded: list[tuple[str, str]], scan: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
