@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -41,8 +43,10 @@ MOST = 200  # images of a modality that a router is fitted to
 ROUNDS = 3  # in which a router is fitted
 AT_ONCE = 8  # images
 MARGIN = 0.1  # of logits, by which the tokens of every prompt's beginning choose their experts
-ENOUGH = 0.99 * MARGIN  # as projections only come near it
-SETTLINGS, PROJECTIONS = 3, 1000  # a changed router changes what later layers see, by a little
+ENOUGH = 0.9 * MARGIN  # of which so much may be left
+LITTLE = 0.15  # of its norm, by which a router may be changed for that
+SETTLINGS = 3  # a changed router changes what later layers see, by a little
+Bound = tuple[int, int, int]  # a token, an expert of its choice, and one that must be below it
 _PENALTY = 1e-3  # of a weight's square: features can be separable
 
 
@@ -304,32 +308,32 @@ def install(model: MedMoE, router: nn.Linear) -> None:
         model.moe_layer(layer).router.load_state_dict(router.state_dict())
 
 
-def settle(model: MedMoE, prefix: Sequence[int]) -> int:
+def settle(model: MedMoE, prefix: Sequence[int]) -> tuple[int, int]:
     """Change the routers, in place and by little, so that no token of `prefix` is undecided.
 
     Every prompt begins with these tokens, of which no label tells a modality: where two experts are
     all but even for one, rounding decides it otherwise in a quantised model, in each question. The
-    same change is made in all layers, by projections onto what is violated most (Kaczmarz).
+    same change is made in all layers. A choice that would cost more than `LITTLE` stays close.
 
     Returns:
-        How many choices were closer than `ENOUGH`.
+        How many choices were closer than `ENOUGH`, and how many still are.
     """
     layers = [model.moe_layer(layer) for layer in model.config.moe_layers]
-    chosen: Tensor | None = None
-    close = 0
     model.eval()
     with torch.no_grad():
+        room = LITTLE * min(float(layer.router.weight.norm()) for layer in layers)
+        states, logits = _seen(model, prefix)
+        chosen = logits.topk(layers[0].top_k).indices
+        close = _close(logits, chosen)
         for _ in range(SETTLINGS):
-            states, logits = _seen(model, prefix)
-            if chosen is None:
-                chosen = logits.topk(layers[0].top_k).indices
-                close = int((_gaps(logits, chosen).amin((1, 2)) < ENOUGH).sum())
-            change = _projected(states, logits, chosen)
+            change = _least_change(states, logits, chosen, room)
+            room -= float(change.norm())
             for layer in layers:
                 layer.router.weight.add_(change[:, : states.shape[1] - 1])
                 if layer.router.bias is not None:
                     layer.router.bias.add_(change[:, -1])
-    return close
+            states, logits = _seen(model, prefix)
+        return close, _close(logits, logits.topk(layers[0].top_k).indices)
 
 
 def _seen(model: MedMoE, prefix: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -353,19 +357,55 @@ def _gaps(logits: Tensor, chosen: Tensor) -> Tensor:
     return gaps.masked_fill(is_chosen[:, None, :], torch.inf)
 
 
-def _projected(states: Tensor, logits: Tensor, chosen: Tensor) -> Tensor:
-    """A small change `[E, D + 1]` of the routers that leaves no gap below `ENOUGH`."""
-    change = states.new_zeros(logits.shape[1], states.shape[1])
-    for _ in range(PROJECTIONS):
-        gaps = _gaps(logits + states @ change.T, chosen)
-        least = gaps.min()
-        if least >= ENOUGH:
-            break
-        token, slot, other = (int(at) for at in torch.unravel_index(gaps.argmin(), gaps.shape))
-        step = (MARGIN - least) / (2 * states[token].square().sum()) * states[token]
-        change[chosen[token, slot]] += step
-        change[other] -= step
-    return change
+def _close(logits: Tensor, chosen: Tensor) -> int:
+    return int((_gaps(logits, chosen).amin((1, 2)) < ENOUGH).sum())
+
+
+def _least_change(states: Tensor, logits: Tensor, chosen: Tensor, room: float) -> Tensor:
+    """The least change `[E, D + 1]` of the routers that leaves no gap below `ENOUGH`.
+
+    While its norm is above `room`, the token that costs most is left out.
+    """
+    bounds: list[Bound] = []
+    left_out: set[int] = set()
+    while True:
+        change, costs = _solved(states, logits, bounds)
+        if change.norm() > room:
+            dearest = bounds[int(costs.argmax())][0]
+            left_out.add(dearest)
+            bounds = [bound for bound in bounds if bound[0] != dearest]
+            continue
+        near = (_gaps(logits + states @ change.T, chosen) < ENOUGH).nonzero().tolist()
+        found = {(token, int(chosen[token, slot]), other) for token, slot, other in near}
+        new = {bound for bound in found - {*bounds} if bound[0] not in left_out}
+        if not new:
+            return change
+        bounds += sorted(new)
+
+
+def _solved(
+    states: Tensor, logits: Tensor, bounds: Sequence[Bound]
+) -> tuple[Tensor, npt.NDArray[np.float64]]:
+    """The least change that makes the gaps of `bounds` `MARGIN`, and what each of them costs.
+
+    Least distance programming by non-negative least squares: Lawson and Hanson, Solving Least
+    Squares Problems, chapter 23. Where no change does, it is a very large one.
+    """
+    from scipy.optimize import nnls
+
+    if not bounds:
+        return states.new_zeros(logits.shape[1], states.shape[1]), np.empty(0)
+    tokens, own, other = torch.tensor(bounds, dtype=torch.long).reshape(-1, 3).T
+    rows, size = torch.arange(len(bounds)), (logits.shape[1], states.shape[1])
+    slopes = torch.zeros(len(bounds), *size, dtype=torch.float64)
+    slopes[rows, own], slopes[rows, other] = states[tokens].double(), -states[tokens].double()
+    lacking = MARGIN - (logits[tokens, own] - logits[tokens, other]).double()
+    problem = torch.cat((slopes.flatten(1), lacking[:, None]), 1).T.numpy()  # [E (D + 1) + 1, N]
+    goal = np.eye(len(problem))[-1]
+    costs, _ = nnls(problem, goal, maxiter=100 * len(goal))
+    rest = goal - problem @ costs
+    change = rest[:-1] / -max(float(rest @ rest), 1e-12)
+    return torch.from_numpy(change).to(states).reshape(size), costs
 
 
 def loaded(read: Checkpoint) -> MedMoE:

@@ -181,8 +181,10 @@ def train(
         model = route(model, router, config, corpus, batches, session)
     specialise(model, corpus, recipe.moe, batches, session)
     if not keeps_router(model, moe, corpus):
-        close = settle(model, batches.prefix)
-        session.say(f"Settled {close} close choices of the tokens that begin every prompt.")
+        close, left = settle(model, batches.prefix)
+        session.say(
+            f"Settled {close - left} of {close} close choices of the tokens that begin every prompt."
+        )
     if recipe.border is not None:
         asking = Asking(corpus.border, config.refusals)
         fit_border(model, asking, corpus.questions, recipe.border, batches, session)

@@ -161,9 +161,15 @@ def test_the_checkpoint_is_an_official_folder(unbroken: Path) -> None:
         elif name.endswith("weight"):
             assert (tensor - final[name]).norm() < 0.2 * final[name].norm()
     ids = torch.tensor([Tokenizer.from_file(checkpoint.tokenizer_file).prefix_ids()])
-    with torch.no_grad():
-        best = model.eval().router_logits(model(model.embed(ids))).topk(2).values
-    assert (best[..., 0] - best[..., 1]).min() > 0.09
+
+    def close(weights: dict[str, Tensor]) -> int:
+        """Tokens that begin every prompt and hardly prefer their expert."""
+        model.load_state_dict(weights)
+        with torch.no_grad():
+            best = model.eval().router_logits(model(model.embed(ids))).topk(2).values
+        return int((best[..., 0] - best[..., 1] < 0.08).sum())
+
+    assert close({name: tensor.float() for name, tensor in checkpoint}) <= close(final) // 4
 
 
 def broken_off(function: Callable[..., Any], after: int) -> Callable[..., Any]:
