@@ -182,9 +182,8 @@ def train(
     specialise(model, corpus, recipe.moe, batches, session)
     if not keeps_router(model, moe, corpus):
         close, left = settle(model, batches.prefix)
-        session.say(
-            f"Settled {close - left} of {close} close choices of the tokens that begin every prompt."
-        )
+        settled = f"{close - left} of {close} close choices"
+        session.say(f"Settled {settled} of the tokens that begin every prompt.")
     if recipe.border is not None:
         asking = Asking(corpus.border, config.refusals)
         fit_border(model, asking, corpus.questions, recipe.border, batches, session)

@@ -102,11 +102,12 @@ def test_workers_are_never_without_the_keys_that_were_meant(
     monkeypatch.setenv(TRUSTED_KEYS, str(tmp_path / "keys.pem"))
     with pytest.raises(ResourceError, match="Ray cannot be started on this machine"):
         OnRay("local", Recipe()).__enter__()
-    (options,) = joined
-    assert options["runtime_env"]["env_vars"] == {TRUSTED_KEYS: str(tmp_path / "keys.pem")}
+    assert len(joined) == 2, "a slow machine's second start is faster"
+    for options in joined:
+        assert options["runtime_env"]["env_vars"] == {TRUSTED_KEYS: str(tmp_path / "keys.pem")}
 
 
-@pytest.mark.timeout(450)  # seconds; a cluster's dozen processes each import Ray and the engine
+@pytest.mark.timeout(600)  # seconds; a cluster's dozen processes each import Ray and the engine
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the workers' processes in /proc")
 def test_a_killed_worker_costs_nothing(scans: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="needs Ray: pip install 'medmoe-edge[ray]'")
@@ -119,7 +120,7 @@ def test_a_killed_worker_costs_nothing(scans: Path, tmp_path: Path) -> None:
         text=True,
     ) as batch:
         try:
-            begun, end = 0, time.monotonic() + 180
+            begun, end = 0, time.monotonic() + 270
             killed: int | None = None
             while killed is None and batch.poll() is None and time.monotonic() < end:
                 size = kept.stat().st_size if kept.exists() else 0
@@ -129,7 +130,7 @@ def test_a_killed_worker_costs_nothing(scans: Path, tmp_path: Path) -> None:
                     killed = workers[0]
                     os.kill(killed, signal.SIGKILL)
                 time.sleep(0.01)
-            told, errors = batch.communicate(timeout=90)
+            told, errors = batch.communicate(timeout=180)
         finally:
             batch.kill()
     assert killed is not None, errors

@@ -30,6 +30,7 @@ from medmoe_edge.errors import InputError, MedMoEError, ModelError, Notice, Reso
 PART = 16  # images or series that a worker takes at once, and may lose
 HEADERS = 1024  # files whose headers are read at once
 LOCAL = "local"  # a cluster of this machine's own, which ends with the batch
+ATTEMPTS = 2  # to start it: Ray gives up after 30 s, in which a slow machine reads its programs
 REACHING = 5.0  # seconds
 OBJECTS = 256 * 2**20  # bytes of shared memory for that one: paths and answers, no pixels
 KINDS = {kind.exit_code: kind for kind in (InputError, ModelError, ResourceError)}
@@ -63,10 +64,16 @@ class OnRay:
         if self._address == LOCAL:
             mine |= {"num_cpus": self._workers or 1, "object_store_memory": OBJECTS}
             mine["include_dashboard"] = False
-        try:
-            ray.init(self._address, logging_level=logging.ERROR, log_to_driver=False, **mine)
-        except Exception as error:  # Ray's own have no kind, such as of a start that takes too long
-            raise _no_cluster(error, self._address) from error
+        for attempt in range(ATTEMPTS if self._address == LOCAL else 1):
+            if attempt:
+                ray.shutdown()
+            try:
+                ray.init(self._address, logging_level=logging.ERROR, log_to_driver=False, **mine)
+                break
+            except Exception as error:  # Ray's own have no kind, such as of a start that is slow
+                failed = error
+        else:
+            raise _no_cluster(failed, self._address) from failed
         cluster: Any = ray  # these two of its functions have no types
         self._workers = self._workers or sum(node["Alive"] for node in cluster.nodes())
         self._check_size(cluster.cluster_resources())
