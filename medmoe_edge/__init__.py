@@ -10,10 +10,15 @@ object. Errors are those of `medmoe_edge.errors`, and say what to do. For resear
 medical device.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from medmoe_edge._version import __version__
+
+# ONNX Runtime reads this when it is first imported. From 1.32 on it would else tell Microsoft of
+# each session, and keep what it has to tell in the user's cache.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = [
     "Answer",

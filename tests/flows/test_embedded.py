@@ -1,9 +1,11 @@
 """The model that ships inside: that it is what its card says, and answers."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import start
 
 import medmoe_edge
 from medmoe_edge.bundle.bundle import NOTICE, Bundle
@@ -62,6 +64,15 @@ def test_asked_twice_it_answers_the_same_bytes() -> None:
     assert max(first["experts"], key=lambda name: first["experts"][name]) == "xray"
     assert first["notice"] == NOTICE
     assert all(timing["first_token"] <= timing["total"] for timing in timings)
+
+
+def test_asking_tells_nobody(tmp_path: Path) -> None:
+    """ONNX Runtime keeps what it would tell Microsoft in the user's cache, unless it may not."""
+    environment = {name: value for name, value in os.environ.items() if "TELEMETRY" not in name}
+    environment |= dict.fromkeys(("HOME", "XDG_CACHE_HOME", "TMPDIR"), str(tmp_path))
+    result = start("ask", str(SCAN), "Is there effusion?", environment=environment)
+    assert result.returncode == 0, result.stderr
+    assert [path for path in tmp_path.rglob("*") if "medmoe" not in str(path)] == []
 
 
 def test_the_fp32_bundle_answers_as_torch_does(tmp_path: Path) -> None:
