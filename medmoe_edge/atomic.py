@@ -1,6 +1,7 @@
 """A folder, a file or a safetensors file that appears whole or not at all; hashes of files."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -52,20 +53,44 @@ def atomic_file(target: Path) -> Iterator[IO[bytes]]:
     """A file that takes the place of `target` once the block has ended well.
 
     An `OSError` says which file it was about, also where the system did not: `write` never does.
+    Raises `InputError` as `refuse_special` does.
     """
+    refuse_special(target)
     part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
         with part.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            _sync(file.fileno())
         part.replace(target)
     except OSError as error:
         if error.filename in (None, str(part)):
             error.filename = str(target)
         raise
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # which would hide the first one
+            part.unlink()
+
+
+def refuse_special(path: Path) -> None:
+    """Raise `InputError` for a device, a pipe or a socket, whose name a file would take away.
+
+    That of /dev/stdout too, where it leads to a file: who is root would take it from everybody.
+    """
+    if path.exists() and (not (path.is_file() or path.is_dir()) or path.parent == Path("/dev")):
+        raise InputError(
+            f"{path} stands for a device or a pipe, and is not replaced by a file.",
+            "Give the name of a file.",
+        )
+
+
+def _sync(descriptor: int) -> None:
+    """Bring a file or a folder to the disk, where the file system knows how to."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
 
 
 def sync_folder(folder: Path) -> None:
@@ -74,7 +99,7 @@ def sync_folder(folder: Path) -> None:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _sync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -210,11 +235,13 @@ def write_tensors(
                 raise ValueError(f"{next(iter(places))} was not given")
             os.replace(partial, path)
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
 
 
 def refuse_existing(path: Path, *, force: bool) -> None:
     """Raise `InputError` unless a file may be written to `path`."""
+    refuse_special(path)
     if path.exists() and not force:
         raise InputError(f"{path} exists already.", "Choose another name, or pass --force.")
 

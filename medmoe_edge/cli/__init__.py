@@ -71,6 +71,8 @@ def main() -> None:
     """The entry point of the `medmoe-edge` command."""
     signal.signal(signal.SIGINT, interruption)
     signal.signal(signal.SIGTERM, _terminate)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     try:
         from medmoe_edge.cli.common import start
 

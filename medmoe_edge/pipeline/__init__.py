@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from medmoe_edge.atomic import check_apart
+from medmoe_edge.atomic import check_apart, refuse_special
 from medmoe_edge.config import (
     Device,
     GroupSize,
@@ -31,6 +31,7 @@ def check_output(
     It is none of its inputs, and replaces nothing in them but in those that are `around` it, or
     what a verb wrote into a model's folder.
     """
+    refuse_special(file)
     if file.exists() and not force:
         raise InputError(f"{file} exists already.", "Choose another name, or add --force.")
     if file.exists():

@@ -370,11 +370,9 @@ def main_with_modules_of(folder: Path, *arguments: str) -> "subprocess.Completed
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize(
     ("number", "code", "said"),
-    [(signal.SIGINT, 130, "Interrupted.\n"), (signal.SIGTERM, 143, "")],
+    [("SIGINT", 130, "Interrupted.\n"), ("SIGTERM", 143, ""), ("SIGHUP", 143, "")],
 )
-def test_an_end_while_importing_is_clean(
-    tmp_path: Path, number: signal.Signals, code: int, said: str
-) -> None:
+def test_an_end_while_importing_is_clean(tmp_path: Path, number: str, code: int, said: str) -> None:
     """A package that is imported at start tells when it is, and takes its time."""
     (tmp_path / "typer.py").write_text("import time\nprint('now', flush=True)\ntime.sleep(60)\n")
     with subprocess.Popen(
@@ -386,9 +384,27 @@ def test_an_end_while_importing_is_clean(
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "now\n"
-        process.send_signal(number)
+        process.send_signal(getattr(signal, number))
         _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (code, said)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_lost_terminal_ends_nothing_that_nohup_started(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("print('now', flush=True)\nprint(input())\nraise SystemExit")
+    with subprocess.Popen(
+        MAIN,
+        env=with_modules_of(tmp_path),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "now\n"
+        process.send_signal(signal.SIGHUP)
+        told, _ = process.communicate("still here\n", timeout=60)
+    assert (process.returncode, told) == (0, "still here\n")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")

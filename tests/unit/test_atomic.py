@@ -1,5 +1,7 @@
 """A folder appears whole or not at all, and nothing precious is replaced."""
 
+import errno
+import os
 import shutil
 import stat
 from contextlib import nullcontext
@@ -7,8 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from medmoe_edge.atomic import atomic_folder, check_apart
+from medmoe_edge.atomic import (
+    atomic_file,
+    atomic_folder,
+    check_apart,
+    sync_folder,
+    write_tensors,
+)
 from medmoe_edge.errors import InputError, ResourceError
+from medmoe_edge.pipeline import check_output
 
 MARKER = "marker.json"
 
@@ -164,3 +173,50 @@ def test_an_output_is_apart_from_its_inputs(
         check_apart(tmp_path / output, source)
     with pytest.raises(InputError, match="own input") if refused_around else nullcontext():
         check_apart(tmp_path / output, around=[str(source)])
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs named pipes")
+def test_a_pipe_or_a_device_is_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for special in pipe, Path("/dev/null"), Path("/dev/stdout"):
+        with pytest.raises(InputError, match="stands for a device or a pipe"):
+            check_output(special, True)
+        with pytest.raises(InputError, match="stands for"), atomic_file(special):
+            pass
+        with pytest.raises(InputError, match="stands for"):
+            write_tensors(special, {}, (), {}, force=True)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_a_file_system_without_fsync_keeps_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_descriptor: int) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with atomic_file(tmp_path / "file") as file:
+        file.write(b"whole")
+    sync_folder(tmp_path)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"whole"]
+
+
+def test_the_first_error_of_a_file_is_the_one_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system that was made read-only meanwhile lets the part not be removed either."""
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with (
+        pytest.raises(OSError, match="No space") as caught,
+        atomic_file(tmp_path / "file"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "file")
