@@ -138,6 +138,7 @@ class Commands(TyperGroup):
         options["standalone_mode"] = False  # so that failures arrive here, not yet printed
         render.printed_json.clear()
         try:
+            _check_folder()
             code = super().main(given, *more, **options) or 0
             sys.stdout.flush()
         except BrokenPipeError:  # the reader has left; what is still buffered has nowhere to go
@@ -151,6 +152,16 @@ class Commands(TyperGroup):
             _fail(as_json, ENDED[code].lower(), f"{ENDED[code]}.", "Run it again.")
             render.show(f"{ENDED[code]}.", stderr=True)
         sys.exit(code)
+
+
+def _check_folder() -> None:
+    """Refuse a current folder that was deleted: libraries that ask for it end the process."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise InputError(
+            f"The current folder cannot be used ({error.strerror}).", "Change to another one."
+        ) from error
 
 
 app = typer.Typer(
@@ -437,8 +448,9 @@ def _report(error: Exception, as_json: bool) -> int:
         remedy, code = "Run again with --verbose to see where, and report it.", 1
         error_code = "unexpected"
     _fail(as_json, error_code, what, remedy)
-    render.show(what, "red", stderr=True)
-    render.show(remedy, stderr=True)
+    with contextlib.suppress(OSError):  # where stderr itself is what failed
+        render.show(what, "red", stderr=True)
+        render.show(remedy, stderr=True)
     return code
 
 

@@ -163,6 +163,27 @@ def test_a_terminal_of_an_impossible_size_shows_everything(size: str) -> None:
     assert "medmoe-edge audit verify" in result.stdout, result.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_stderr_changes_no_exit_code() -> None:
+    with Path("/dev/full").open("w") as full:
+        options = {"stdout": subprocess.PIPE, "stderr": full, "capture_output": False}
+        result = start("ask", "no.png", "Is it?", "--json", **options)
+    assert result.returncode == 2
+    assert json.loads(result.stdout)["error"]["code"] == "bad_image"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a folder in use is not deleted")
+def test_a_current_folder_that_was_deleted_is_said(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    code = f"import os; os.chdir({str(gone)!r}); os.rmdir({str(gone)!r})\n"
+    code += "from medmoe_edge.cli import main; main()"
+    command = [sys.executable, "-c", code, "inspect", "nano"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("The current folder cannot be used (No such file")
+
+
 def test_a_picture_from_standard_input(
     loaded: list[tuple[str, str]], scan: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
