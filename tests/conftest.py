@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from command_line import Run
     from typer.testing import Result
 
-# Before torch or transformers is imported, which read them once.
+# Before torch, transformers or ONNX Runtime is imported, which read them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # as the package does, which some tests import later
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch on tiny models is fastest so
 
 # The tests start more than a hundred processes: without bytecode each compiles all that it imports.
