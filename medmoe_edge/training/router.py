@@ -398,8 +398,9 @@ def _solved(
     tokens, own, other = torch.tensor(bounds, dtype=torch.long).reshape(-1, 3).T
     rows, size = torch.arange(len(bounds)), (logits.shape[1], states.shape[1])
     slopes = torch.zeros(len(bounds), *size, dtype=torch.float64)
-    slopes[rows, own], slopes[rows, other] = states[tokens].double(), -states[tokens].double()
-    lacking = MARGIN - (logits[tokens, own] - logits[tokens, other]).double()
+    seen = states[tokens].double().cpu()
+    slopes[rows, own], slopes[rows, other] = seen, -seen
+    lacking = MARGIN - (logits[tokens, own] - logits[tokens, other]).double().cpu()
     problem = torch.cat((slopes.flatten(1), lacking[:, None]), 1).T.numpy()  # [E (D + 1) + 1, N]
     goal = np.eye(len(problem))[-1]
     costs, _ = nnls(problem, goal, maxiter=100 * len(goal))
