@@ -402,7 +402,8 @@ def _solved(
     slopes[rows, own], slopes[rows, other] = seen, -seen
     lacking = MARGIN - (logits[tokens, own] - logits[tokens, other]).double().cpu()
     problem = torch.cat((slopes.flatten(1), lacking[:, None]), 1).T.numpy()  # [E (D + 1) + 1, N]
-    goal = np.eye(len(problem))[-1]
+    goal = np.zeros(len(problem))
+    goal[-1] = 1
     costs, _ = nnls(problem, goal, maxiter=100 * len(goal))
     rest = goal - problem @ costs
     change = rest[:-1] / -max(float(rest @ rest), 1e-12)
