@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import filelock
 import httpx
 import numpy as np
 import pytest
@@ -547,6 +548,112 @@ def test_nothing_is_accepted_that_cannot_be_kept(
         answered(node)
         assert "reached its quota_mb" in caplog.text
         assert not [path for path in node.folder.images.iterdir() if path.stat().st_size > 10**6]
+
+
+def replaced_folder(root: Path) -> None:
+    root.rename(root.with_name("old"))
+    root.mkdir(mode=0o700)
+
+
+def replaced_lock(root: Path) -> None:
+    (root / "lock").rename(root / "old")  # the descriptor stays open, so that its number is taken
+    (root / "lock").touch()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no open file can be moved elsewhere")
+@pytest.mark.parametrize(
+    ("change", "lost"),
+    [
+        (replaced_folder, "node"),
+        (shutil.rmtree, "node"),
+        (replaced_lock, "lock"),
+        (lambda root: (root / "queue.sqlite").unlink(), "queue.sqlite"),
+        (lambda root: shutil.rmtree(root / "documents"), "documents"),
+        (lambda root: shutil.rmtree(root / "images"), "images"),
+    ],
+)
+def test_nothing_is_accepted_into_another_folder_than_the_queues(
+    tmp_path: Path, change: Any, lost: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "audit").mkdir()
+    audit = tmp_path / "audit" / "audit.jsonl"
+    config = configuration(tmp_path / "node", audit=audit, http={"port": 0})
+    with Node(config, StandIn()) as node:
+        url = f"http://127.0.0.1:{node.web_port}"
+        assert get(f"{url}/readyz").status_code == 200
+        change(node.folder.root)
+        assert send(node.port, study(1)) == [0xA700]
+        told = get(f"{url}/readyz")
+        assert told.status_code == 503
+        assert f"{lost} of the node's folder was moved" in told.json()["status"]
+        assert f"{lost} of the node's folder was moved" in caplog.text
+        assert not [*node.folder.root.glob("images/*"), *node.folder.root.glob("documents/*")]
+
+
+@pytest.mark.parametrize(
+    ("of", "name"), [(Path, "mkdir"), (filelock.FileLock, "acquire"), (Path, "unlink")]
+)
+def test_a_folder_that_is_read_only_is_the_machines_fault(
+    tmp_path: Path, of: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Folder(tmp_path / "node").image(FIRST).touch()
+    Folder(tmp_path / "node").image(SECOND).with_name(f".{SECOND}.dcm.1.part").touch()
+    monkeypatch.setattr(of, name, raising(OSError(errno.EROFS, "Read-only file system")))
+    with pytest.raises(ResourceError, match=r"node cannot be written \(Read-only file system\)"):
+        Node(configuration(tmp_path / "node"), StandIn())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no open file can be moved elsewhere")
+def test_what_waits_is_answered_and_sent_once_its_folder_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("medmoe_edge.bedside.listen.sending.MOST_FAILURES", 1)
+    away = tmp_path / "away"
+    with Archive() as archive:
+        config = configuration(
+            tmp_path / "node",
+            series={"quiet": 600},
+            dicom=[{"ae_title": "ARCHIVE", "host": "127.0.0.1", "port": archive.port}],
+        )
+        with Node(config, StandIn(), first_delay=0.1) as node:
+            assert send(node.port, study(1)) == [0]
+            node.folder.root.rename(away)
+            wait_for(lambda: "Answering cannot work (node of the node's folder" in caplog.text)
+            job = node.queue.job(*node.queue.waiting(1))
+            with pytest.raises(ResourceError, match="was moved"):
+                node.answering.do(job.key)  # or it would be given up: its images are gone
+            (sending,) = (each for each in node._workers if "Sending" in each.name)
+            with pytest.raises(ResourceError, match="was moved"):
+                sending._do(f"{FIRST}/1.dcm")  # or it would be set aside as gone
+            away.rename(node.folder.root)
+            node.answering.configuration = config.model_copy(
+                update={"series": config.series.model_copy(update={"quiet": 0})}
+            )
+            wait_for(lambda: bool(archive.received))
+            assert node.lacks() == ""
+            assert node.queue.counts()["failed"] == 0
+            assert "set aside" not in caplog.text
+
+
+def test_images_of_another_queue_are_moved_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = configuration(tmp_path / "node", series={"quiet": 600})
+    with Node(config, StandIn()) as node:
+        assert send(node.port, study(1), study(2)) == [0, 0]
+        images = {path.name: path.read_bytes() for path in node.folder.images.iterdir()}
+        node.folder.queue.rename(tmp_path / "kept.sqlite")
+    with Node(config, StandIn()) as node:
+        aside = node.folder.root / "unknown"
+        assert {path.name: path.read_bytes() for path in aside.iterdir()} == images
+        assert not list(node.folder.images.iterdir())
+        assert "2 received images are not in the node's queue" in caplog.text
+        assert str(aside) in caplog.text
+        assert send(node.port, study(1), study(2)) == [0, 0]
+        (node.folder.images / f"{FIRST}.dcm").touch()  # as one that is killed leaves it
+    with Node(config, StandIn()) as node:
+        assert {path.name for path in node.folder.images.iterdir()} == images.keys()
+        assert {path.name for path in aside.iterdir()} == images.keys()
 
 
 def test_what_was_sent_goes_after_a_while_and_is_known_still(tmp_path: Path) -> None:

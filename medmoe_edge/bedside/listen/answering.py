@@ -451,10 +451,9 @@ class Answering:
             number = self.queue.instance_number(result.series_uid(kind), f"{key}/{name}")
             earlier = self._earlier(name, ours) if ending == "dcm" else ()
             data = self._made(kind, result, Standing(number, tuple(earlier)))
-            if data is None:
-                continue
-            self.folder.keep(self.folder.documents / key / name, data)
-            yield f"{key}/{name}"
+            if data is not None:
+                self.folder.keep(self.folder.documents / key / name, data)
+                yield f"{key}/{name}"
 
     def _made(self, kind: Document, result: Result, standing: Standing) -> bytes | None:
         match kind:
@@ -528,6 +527,7 @@ class Answering:
                     yield name, server.name
 
     def _give_up(self, job: Job, why: str) -> None:
+        self.folder.check()  # its images come back with it
         log.error("%s cannot be answered (%s): given up, and kept.", job.key[:16], why)
         self.queue.close_series(job, "failed", why)
 

@@ -8,6 +8,7 @@ were at one moment. What is old is removed by the node itself (`Tidying`).
 import contextlib
 import errno
 import json
+import logging
 import secrets
 import shutil
 import sqlite3
@@ -26,8 +27,11 @@ from medmoe_edge.bedside.listen.queue import STAGING, Folder, Queue
 from medmoe_edge.bedside.listen.schema import UNSENT, explaining
 from medmoe_edge.errors import InputError, MedMoEError, ResourceError
 
+log = logging.getLogger(__name__)
 SHORTEST = 4  # letters of a key that are enough
 QUEUE, AUDIT = "queue.sqlite", "audit.jsonl"  # in a backup
+UNKNOWN = "unknown"  # a folder of images
+STATES = ("waiting", "answered", "failed", "aside")  # of series
 NO_LIMIT = -1  # to SQLite
 PASSES = 2  # without a lock: the second links what came during the first, which may take minutes
 # Of deliveries: what was refused and is wanted still. What another result has taken the place of is
@@ -76,9 +80,7 @@ class Desk(Queue):
         series = dict(self._read("SELECT state, count(*) FROM series GROUP BY state"))
         return {
             "objects": objects,
-            "series": {
-                state: series.get(state, 0) for state in ("waiting", "answered", "failed", "aside")
-            },
+            "series": {state: series.get(state, 0) for state in STATES},
             "results": self.counts()["answered"],
             "not_asked": self.asides(),
             "unsent": _shown(unsent),
@@ -379,6 +381,34 @@ def restore(backup: Path, folder: Folder, audit: Path) -> int:
             "Give a whole file that `listen backup` wrote.",
         ) from error
     return len(paths)
+
+
+def sweep(folder: Folder, queue: Queue, *, keep_images: bool) -> None:
+    """Remove images that are answered or that nobody was told were kept, and unfinished files.
+
+    Of the latter a node that is killed leaves one. More, or any beside a queue that knows nothing,
+    were received under another queue: they are moved aside.
+    """
+    needed = queue.images("waiting") | queue.images("failed")
+    if keep_images:
+        needed |= queue.images("answered")
+    for part in (*folder.images.glob(".*.part"), *folder.documents.glob("*/.*.part")):
+        part.unlink()
+    images = [path for path in folder.images.glob("*.dcm") if path.is_file()]
+    excess = [path for path in images if path.stem not in needed]
+    unknown = [path for path in excess if queue.state(path.stem) is None]
+    if len(unknown) > 1 or (unknown and not any(map(queue.images, STATES))):
+        aside = folder.root / UNKNOWN
+        aside.mkdir(mode=0o700, exist_ok=True)
+        for path in unknown:
+            path.replace(aside / path.name)
+        log.error(
+            "%d received images are not in the node's queue, which is new or from a backup: they "
+            "were moved to %s. Send them again, then remove it.",
+            *(len(unknown), aside),
+        )
+    for path in excess:
+        path.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Folder, queue: Queue) -> None:

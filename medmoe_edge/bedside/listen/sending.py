@@ -182,6 +182,7 @@ class Sending:
         try:
             return (self.folder.documents / document).read_bytes()
         except FileNotFoundError as error:
+            self.folder.check()  # with which it comes back
             raise Gone("the document is gone", "Restore the node's folder.") from error
 
     def _connected(self, node: DicomDestination) -> Association:
@@ -223,6 +224,7 @@ class Sending:
                 headers[each] = dcmread(self.folder.documents / each, stop_before_pixels=True)
             except FileNotFoundError:
                 gone.append(each)
+        self.folder.check()
         if gone:  # recorded as asked by no UID, so that the others' turn comes
             self.queue.ask_commitment(node.name, "", dict.fromkeys(gone, ""))
             log.warning(
