@@ -663,7 +663,7 @@ def test_what_was_sent_goes_after_a_while_and_is_known_still(tmp_path: Path) -> 
         answered(node)
         tidying, (result,) = Tidying(config, node.desk), node.folder.documents.iterdir()
         (node.folder.documents / ".DS_Store").touch()  # no result: a person's computer made it
-        assert tidying.pending(1) == ["old files"]
+        assert tidying.pending(1) == []  # the clock may not be set yet
         tidying.do("old files")
         assert tidying.pending(1) == []
         assert result.exists()
@@ -734,6 +734,71 @@ def test_what_was_refused_and_replaced_is_kept_no_longer(desk: Desk) -> None:
     assert not desk.is_finished(SECOND, ())  # it is to be sent
 
 
+def old_results(desk: Desk, at: float) -> list[Path]:
+    """The folders of two results that were sent, of which one has files from `at`."""
+    for series, result in ((OURS, FIRST), (OTHERS, SECOND)):
+        make(desk, series, result, "1.hl7")
+        desk.sent(f"{result}/1.hl7", WHERE)
+    folders = [desk.folder.documents / each for each in (FIRST, SECOND)]
+    for folder, when in zip(folders, (at, time.time() - 31 * DAY), strict=True):
+        for path in (*folder.iterdir(), folder):
+            os.utime(path, (when, when))
+    return folders
+
+
+@pytest.mark.parametrize("at", [0, time.time() + 400 * DAY])
+def test_a_time_that_cannot_be_makes_nothing_old(
+    desk: Desk, at: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "medmoe_edge.bedside.listen")
+    kept, old = old_results(desk, at)
+    tidying = Tidying(configuration(desk.folder.root, keep_days=30), desk)
+    for _ in range(2):
+        tidying.do("old files")
+        assert (kept.exists(), old.exists()) == (True, False)
+    assert all(abs(path.stat().st_mtime - time.time()) < 600 for path in (kept, *kept.iterdir()))
+    told = [each for each in caplog.messages if "keep_days" in each]
+    assert told == ["Removed after keep_days: the documents of 1 results, and 0 images."]
+
+
+@pytest.mark.parametrize("days", [4000, -40_000])
+def test_a_clock_that_was_set_makes_nothing_old(
+    desk: Desk, days: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folders = old_results(desk, time.time())
+    tidying, right = Tidying(configuration(desk.folder.root, keep_days=30), desk), time.time
+    monkeypatch.setattr(time, "time", lambda: right() + days * DAY)
+    tidying.do("old files")
+    assert "The clock was set" in caplog.text
+    assert tidying.pending(1) == []  # not before an hour has gone
+    monkeypatch.undo()
+    tidying.do("old files")  # it was set back
+    assert all(folder.exists() for folder in folders)
+    tidying.do("old files")
+    assert [folder.exists() for folder in folders] == [True, False]
+
+
+def test_what_others_have_made_in_a_nodes_folder_stays(tmp_path: Path) -> None:
+    """As file systems do: `.snapshot`, `lost+found`."""
+    folder = Folder(tmp_path / "node")
+    files = [
+        place / "lost+found" / "a file"
+        for place in (folder.root, folder.images, folder.documents, folder.requests)
+    ]
+    for file in files:
+        file.parent.mkdir()
+        file.touch()
+        for path in (file, file.parent):
+            os.utime(path, (time.time() - 31 * DAY,) * 2)
+    config = configuration(tmp_path / "node", keep_days=30)
+    with Node(config, StandIn()) as node:
+        assert send(node.port, study(1)) == [0]
+        answered(node)
+        Tidying(config, node.desk).do("old files")
+        assert node.desk.back_up(config.audit_log, tmp_path / "node.tar") > 0
+    assert all(file.exists() for file in files)
+
+
 def test_answers_go_though_the_process_ends_while_their_documents_do(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -741,8 +806,9 @@ def test_answers_go_though_the_process_ends_while_their_documents_do(
     desk.sent(f"{FIRST}/1.hl7", WHERE)
     folder = desk.folder.documents / FIRST
     for path in (*folder.iterdir(), folder):
-        os.utime(path, (0, 0))
+        os.utime(path, (time.time() - 31 * DAY,) * 2)
     tidying = Tidying(configuration(desk.folder.root, keep_days=30), desk)
+    tidying._due = time.monotonic()
     monkeypatch.setattr(shutil, "rmtree", raising(OSError(errno.EIO, "broken")))
     with pytest.raises(OSError, match="broken"):
         tidying.do("old files")
