@@ -89,6 +89,7 @@ DUPLICATE = 0x0111  # it has an object of that UID: this one, whose UID follows 
 # Of HTTP, those that are about who calls, or when.
 PASSING_HTTP = (401, 407, 408, 425, 429)
 SOME_KEPT = 202
+WEB_PAGES = ("text/html", "application/xhtml+xml")  # which none of these services answers with
 FAILED_SOP, REFERENCED_SOP = "00081198", "00081199"
 
 
@@ -401,6 +402,9 @@ def check_done(response: httpx.Response) -> None:
         passes = not response.is_client_error or status in PASSING_HTTP
         error = ResourceError if passes else RefusedForGood
         raise error(f"it refused: HTTP {status}", LOG)
+    kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    if kind in WEB_PAGES:  # of a network that wants a login, of another path
+        raise ResourceError("it answered with a web page: is the address right?", LOG)
 
 
 def read_json(response: httpx.Response) -> Any:
