@@ -575,10 +575,7 @@ def replaced_lock(root: Path) -> None:
 def test_nothing_is_accepted_into_another_folder_than_the_queues(
     tmp_path: Path, change: Any, lost: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "audit").mkdir()
-    audit = tmp_path / "audit" / "audit.jsonl"
-    config = configuration(tmp_path / "node", audit=audit, http={"port": 0})
-    with Node(config, StandIn()) as node:
+    with Node(configuration(tmp_path / "node", http={"port": 0}), StandIn()) as node:
         url = f"http://127.0.0.1:{node.web_port}"
         assert get(f"{url}/readyz").status_code == 200
         change(node.folder.root)
@@ -587,7 +584,24 @@ def test_nothing_is_accepted_into_another_folder_than_the_queues(
         assert told.status_code == 503
         assert f"{lost} of the node's folder was moved" in told.json()["status"]
         assert f"{lost} of the node's folder was moved" in caplog.text
+        if lost == "node":
+            assert not list(node.folder.root.glob("*"))
         assert not [*node.folder.root.glob("images/*"), *node.folder.root.glob("documents/*")]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no open file can be moved elsewhere")
+def test_an_object_whose_folder_goes_while_it_is_kept_is_not_acknowledged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Node(configuration(tmp_path / "node"), StandIn()) as node:
+        add = node.queue.add
+
+        def moved(*given: Any) -> None:
+            replaced_folder(node.folder.root)
+            add(*given)
+
+        monkeypatch.setattr(node.queue, "add", moved)
+        assert send(node.port, study(1)) == [0xA700]
 
 
 @pytest.mark.parametrize(

@@ -177,8 +177,7 @@ class Answering:
 
     def _tidy(self) -> None:
         """Remove the images of series that were answered long enough ago."""
-        now = time.monotonic()
-        for series in [key for key, end in self._lingering.items() if end <= now]:
+        for series in [key for key, end in self._lingering.items() if end <= time.monotonic()]:
             del self._lingering[series]
             self._remove_images(series)
 
@@ -268,6 +267,7 @@ class Answering:
 
     def _keep(self, asking: Asking, slice_: Slice, result: str) -> None:
         """Audit the answers, and write the picture."""
+        self.folder.check()  # the audit log may be in it, and would be begun anew
         try:
             for answer in asking.answers:
                 self.audit.append(

@@ -293,6 +293,7 @@ class Node:
     def lacks(self) -> str:
         """Why the node would not take an object now; empty where it would."""
         try:
+            self.folder.check()
             self.answering.audit.check()
             self.queue.counts()
             self.receiving.judge_room(0)
