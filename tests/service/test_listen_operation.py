@@ -564,12 +564,12 @@ def replaced_lock(root: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "lost"),
     [
-        (replaced_folder, "node"),
-        (shutil.rmtree, "node"),
-        (replaced_lock, "lock"),
-        (lambda root: (root / "queue.sqlite").unlink(), "queue.sqlite"),
-        (lambda root: shutil.rmtree(root / "documents"), "documents"),
-        (lambda root: shutil.rmtree(root / "images"), "images"),
+        (replaced_folder, "The"),
+        (shutil.rmtree, "The"),
+        (replaced_lock, "lock of the"),
+        (lambda root: (root / "queue.sqlite").unlink(), "queue.sqlite of the"),
+        (lambda root: shutil.rmtree(root / "documents"), "documents of the"),
+        (lambda root: shutil.rmtree(root / "images"), "images of the"),
     ],
 )
 def test_nothing_is_accepted_into_another_folder_than_the_queues(
@@ -582,9 +582,9 @@ def test_nothing_is_accepted_into_another_folder_than_the_queues(
         assert send(node.port, study(1)) == [0xA700]
         told = get(f"{url}/readyz")
         assert told.status_code == 503
-        assert f"{lost} of the node's folder was moved" in told.json()["status"]
-        assert f"{lost} of the node's folder was moved" in caplog.text
-        if lost == "node":
+        assert f"{lost} node's folder was moved" in told.json()["status"]
+        assert f"{lost} node's folder was moved" in caplog.text
+        if lost == "The":  # nothing was begun in what took its place
             assert not list(node.folder.root.glob("*"))
         assert not [*node.folder.root.glob("images/*"), *node.folder.root.glob("documents/*")]
 
@@ -632,7 +632,7 @@ def test_what_waits_is_answered_and_sent_once_its_folder_is_back(
         with Node(config, StandIn(), first_delay=0.1) as node:
             assert send(node.port, study(1)) == [0]
             node.folder.root.rename(away)
-            wait_for(lambda: "Answering cannot work (node of the node's folder" in caplog.text)
+            wait_for(lambda: "Answering cannot work (The node's folder" in caplog.text)
             job = node.queue.job(*node.queue.waiting(1))
             with pytest.raises(ResourceError, match="was moved"):
                 node.answering.do(job.key)  # or it would be given up: its images are gone

@@ -85,8 +85,9 @@ class Folder:
     def check(self) -> None:
         """Raise `ResourceError` where a part was moved away, removed or covered by a mount."""
         if (lost := self._places.lost()) is not None:
+            part = "The" if lost == self.root else f"{lost.name} of the"
             raise ResourceError(
-                f"{lost.name} of the node's folder was moved, removed or covered while it runs.",
+                f"{part} node's folder was moved, removed or covered while it runs.",
                 "Bring back what the node began with, or start it anew.",
             )
 
