@@ -104,6 +104,47 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file; none of one that has just gone."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def bytes_under(folder: Path, skipped: Iterable[Path] = ()) -> int:
+    """Bytes of all files in a folder, but for paths that begin as those that are `skipped`."""
+    beginnings, found = tuple(map(str, skipped)), 0
+    for at, _, names in os.walk(folder):  # rglob raises where a folder goes meanwhile
+        if not at.startswith(beginnings):
+            found += sum(size_of(Path(at, name)) for name in names)
+    return found
+
+
+class Places:
+    """What lay at some paths when this was made, to tell whether it lies there still.
+
+    At those of `same` the very same file or folder has to lie, at those of `folders` one on the
+    same disk: file systems may number a folder anew that nobody has open.
+    """
+
+    def __init__(self, same: Iterable[Path] = (), folders: Iterable[Path] = ()) -> None:
+        self._same = {path: path.stat() for path in same}
+        self._disks = {path: path.stat().st_dev for path in folders}
+
+    def lost(self) -> Path | None:
+        """The first path at which nothing lies any more, or something else."""
+        for path in (*self._same, *self._disks):
+            try:
+                now = path.stat()
+            except OSError:
+                return path
+            known = self._same.get(path)
+            if not os.path.samestat(now, known) if known else now.st_dev != self._disks[path]:
+                return path
+        return None
+
+
 def link(source: Path, target: Path) -> None:
     """Make `target` the same file as `source`; a copy where the file system has no hard links.
 
@@ -255,6 +296,20 @@ def writing(path: Path) -> Iterator[None]:
         raise ResourceError(
             f"{path} cannot be written ({error.strerror or error}).",
             "Free some space, check its permissions, or write elsewhere.",
+        ) from error
+
+
+@contextlib.contextmanager
+def permitted(folder: Path) -> Iterator[None]:
+    """Turn into `ResourceError` that nothing may be written in a folder; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise ResourceError(
+            f"{folder} cannot be written ({error.strerror}).",
+            "Check its permissions, its owner, and whether its disk is mounted read-only.",
         ) from error
 
 

@@ -480,6 +480,9 @@ KEPT = b'{"00081199": {"vr": "SQ", "Value": [{"00081155": {"vr": "UI", "Value": 
 FAILED = {"00081198": {"vr": "SQ", "Value": [{"00081197": {"vr": "US", "Value": [0]}}]}}
 
 
+LOGIN = (200, {"Content-Type": "Text/HTML; charset=utf-8"}, b"<html>Please log in</html>")
+
+
 def refused_by_stow(status: int, reason: int) -> tuple[int, dict[str, str], bytes]:
     text = json.dumps(FAILED).replace("[0]", f"[{reason}]")
     return status, {"Content-Type": "application/dicom+json"}, text.encode()
@@ -592,6 +595,8 @@ def test_what_is_refused_for_good_is_set_aside_until_it_is_asked_for(
         ("fhir", (429, {}, b"")),
         ("fhir", (401, {}, b"")),
         ("fhir", (302, {"Location": "/"}, b"")),
+        ("fhir", LOGIN),
+        ("stow", LOGIN),
     ],
 )
 def test_what_is_refused_for_now_is_sent_until_it_is_taken(
@@ -615,6 +620,7 @@ def test_what_is_refused_for_now_is_sent_until_it_is_taken(
             wait_for(lambda: "again in" in caplog.text)
             assert node.queue.counts()["unsent"] == 1
             assert not node.desk.status(config)["set_aside"]
+            assert ("it answered with a web page" in caplog.text) == (said == LOGIN)
 
 
 @pytest.mark.parametrize(("way", "said"), [("dicom", 0xA700), ("fhir", (500, {}, b""))])

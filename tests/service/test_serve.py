@@ -18,7 +18,7 @@ from PIL import Image as Pillow
 from serving import MODEL, StandIn, app_over, client_of, png, upload, work_over
 from starlette.testclient import TestClient
 
-from medmoe_edge.bedside.audit.log import AuditLog
+from medmoe_edge.bedside.audit.log import AuditLog, verify_log
 from medmoe_edge.bedside.serve.guard import Logins
 from medmoe_edge.bedside.serve.settings import Limits, Settings, read_tokens
 from medmoe_edge.bedside.serve.work import Upload
@@ -191,6 +191,26 @@ def test_a_service_that_cannot_audit_is_not_ready(
         monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
         assert error_of(client.get("/readyz"), 503)["code"] == "no_resources"
         assert client.head("/healthz").status_code == 200
+
+
+def test_a_service_whose_audit_log_was_moved_away_with_its_folder_is_not_ready(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    log = AuditLog(folder / "audit.jsonl")
+    entry = {"who": "", "event": "", "question": "", "answer": "", "input_sha256": ""}
+    log.append(model={}, **entry)
+    with client_of(app_over(StandIn(), audit=log)) as client:
+        folder.rename(tmp_path / "away")
+        assert error_of(client.get("/readyz"), 503)["code"] == "no_resources"
+        with pytest.raises(ResourceError, match="its folder is gone"):
+            log.append(model={}, **entry)
+        assert not folder.exists()
+        (tmp_path / "away").rename(folder)
+        assert client.get("/readyz").status_code == 200
+        log.append(model={}, **entry)
+    assert verify_log(log.path).entries == 2
 
 
 def test_an_audit_log_in_no_folder_is_refused_at_the_start(tmp_path: Path) -> None:

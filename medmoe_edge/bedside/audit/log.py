@@ -51,6 +51,7 @@ from filelock import FileLock, Timeout
 from medmoe_edge.atomic import atomic_file, sync_folder, writing
 from medmoe_edge.errors import DataError, InputError, ResourceError, unreadable
 
+log = logging.getLogger(__name__)
 GENESIS = "0" * 64
 MAX_LINE = 2**20  # bytes; a question has at most 10,000 characters
 LOCK_SECONDS = 60  # that an entry waits for those of other processes
@@ -197,9 +198,6 @@ def _keep_head(path: Path, number: int, value: str) -> None:
         )
 
 
-log = logging.getLogger(__name__)
-
-
 class AuditLog:
     """An audit log at `path`, made with the first entry; only its owner may read it.
 
@@ -317,6 +315,8 @@ class AuditLog:
     def _opened(self) -> Iterator[IO[bytes]]:
         """The log, for nobody else meanwhile; what the system refuses is a `ResourceError`."""
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+        if not self.path.parent.is_dir():  # which the lock would make anew
+            raise _unwritable("its folder is gone")
         try:
             with self._lock:
                 is_new = not self.path.exists()
@@ -337,7 +337,7 @@ class AuditLog:
 def _unwritable(why: str) -> ResourceError:
     return ResourceError(
         f"The audit log cannot be written ({why}).",
-        "Free some space or check its permissions; nothing is answered unaudited.",
+        "Free some space, check its folder and permissions; nothing is answered unaudited.",
     )
 
 

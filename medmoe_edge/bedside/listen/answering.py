@@ -177,8 +177,7 @@ class Answering:
 
     def _tidy(self) -> None:
         """Remove the images of series that were answered long enough ago."""
-        now = time.monotonic()
-        for series in [key for key, end in self._lingering.items() if end <= now]:
+        for series in [key for key, end in self._lingering.items() if end <= time.monotonic()]:
             del self._lingering[series]
             self._remove_images(series)
 
@@ -268,6 +267,7 @@ class Answering:
 
     def _keep(self, asking: Asking, slice_: Slice, result: str) -> None:
         """Audit the answers, and write the picture."""
+        self.folder.check()  # the audit log may be in it, and would be begun anew
         try:
             for answer in asking.answers:
                 self.audit.append(
@@ -451,10 +451,9 @@ class Answering:
             number = self.queue.instance_number(result.series_uid(kind), f"{key}/{name}")
             earlier = self._earlier(name, ours) if ending == "dcm" else ()
             data = self._made(kind, result, Standing(number, tuple(earlier)))
-            if data is None:
-                continue
-            self.folder.keep(self.folder.documents / key / name, data)
-            yield f"{key}/{name}"
+            if data is not None:
+                self.folder.keep(self.folder.documents / key / name, data)
+                yield f"{key}/{name}"
 
     def _made(self, kind: Document, result: Result, standing: Standing) -> bytes | None:
         match kind:
@@ -528,6 +527,7 @@ class Answering:
                     yield name, server.name
 
     def _give_up(self, job: Job, why: str) -> None:
+        self.folder.check()  # its images come back with it
         log.error("%s cannot be answered (%s): given up, and kept.", job.key[:16], why)
         self.queue.close_series(job, "failed", why)
 

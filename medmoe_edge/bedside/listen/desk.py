@@ -8,6 +8,9 @@ were at one moment. What is old is removed by the node itself (`Tidying`).
 import contextlib
 import errno
 import json
+import logging
+import os
+import re
 import secrets
 import shutil
 import sqlite3
@@ -26,8 +29,11 @@ from medmoe_edge.bedside.listen.queue import STAGING, Folder, Queue
 from medmoe_edge.bedside.listen.schema import UNSENT, explaining
 from medmoe_edge.errors import InputError, MedMoEError, ResourceError
 
+log = logging.getLogger(__name__)
 SHORTEST = 4  # letters of a key that are enough
 QUEUE, AUDIT = "queue.sqlite", "audit.jsonl"  # in a backup
+UNKNOWN = "unknown"  # a folder of images
+STATES = ("waiting", "answered", "failed", "aside")  # of series
 NO_LIMIT = -1  # to SQLite
 PASSES = 2  # without a lock: the second links what came during the first, which may take minutes
 # Of deliveries: what was refused and is wanted still. What another result has taken the place of is
@@ -45,6 +51,8 @@ STANDING = """WITH RECURSIVE standing (key) AS (
     WHERE old.series = ?1)"""
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 TIDY_EVERY, DAY = 3600.0, 86400.0  # seconds
+EARLIEST = 1577836800.0  # 2020, before which this program was not
+KEY = re.compile(r"[0-9a-f]{64}")
 
 
 class Desk(Queue):
@@ -76,9 +84,7 @@ class Desk(Queue):
         series = dict(self._read("SELECT state, count(*) FROM series GROUP BY state"))
         return {
             "objects": objects,
-            "series": {
-                state: series.get(state, 0) for state in ("waiting", "answered", "failed", "aside")
-            },
+            "series": {state: series.get(state, 0) for state in STATES},
             "results": self.counts()["answered"],
             "not_asked": self.asides(),
             "unsent": _shown(unsent),
@@ -300,7 +306,7 @@ class Desk(Queue):
                 *folder.requests.iterdir(),
                 *folder.documents.glob("*/*"),
             )
-            if not path.name.endswith(".part")
+            if path.is_file() and not path.name.endswith(".part")
         }
         for place in found - there:
             (staging / place).parent.mkdir(parents=True, exist_ok=True)
@@ -381,13 +387,42 @@ def restore(backup: Path, folder: Folder, audit: Path) -> int:
     return len(paths)
 
 
+def sweep(folder: Folder, queue: Queue, *, keep_images: bool) -> None:
+    """Remove images that are answered or that nobody was told were kept, and unfinished files.
+
+    Of the latter a node that is killed leaves one. More, or any beside a queue that knows nothing,
+    were received under another queue: they are moved aside.
+    """
+    needed = queue.images("waiting") | queue.images("failed")
+    if keep_images:
+        needed |= queue.images("answered")
+    for part in (*folder.images.glob(".*.part"), *folder.documents.glob("*/.*.part")):
+        part.unlink()
+    images = [path for path in folder.images.glob("*.dcm") if path.is_file()]
+    excess = [path for path in images if path.stem not in needed]
+    unknown = [path for path in excess if queue.state(path.stem) is None]
+    if len(unknown) > 1 or (unknown and not any(map(queue.images, STATES))):
+        aside = folder.root / UNKNOWN
+        aside.mkdir(mode=0o700, exist_ok=True)
+        for path in unknown:
+            path.replace(aside / path.name)
+        log.error(
+            "%d received images are not in the node's queue, which is new or from a backup: they "
+            "were moved to %s. Send them again, then remove it.",
+            *(len(unknown), aside),
+        )
+    for path in excess:
+        path.unlink(missing_ok=True)
+
+
 def remove_leftovers(folder: Folder, queue: Queue) -> None:
     """Remove what a backup or a restore that was killed has left of patients' images, and what a
     node has left of the UIDs of studies that nobody waits for any more.
     """
     wanted = {each.file for each in queue.requests()}
     found = [each for prefix in STAGING for each in folder.root.glob(f"{prefix}*")]
-    found += [each for each in folder.requests.iterdir() if each.name not in wanted]
+    requests = filter(Path.is_file, folder.requests.iterdir())
+    found += [each for each in requests if each.name not in wanted]
     for place in found:
         with contextlib.suppress(FileNotFoundError):  # its owner removes it at this moment
             if place.stat().st_mtime > time.time() - DAY:  # none takes so long
@@ -404,25 +439,62 @@ class Tidying:
     def __init__(self, configuration: Configuration, desk: Desk) -> None:
         self.days, self.folder, self.desk = configuration.keep_days, desk.folder, desk
         self.committing = configuration.committing
-        self._due = time.monotonic()
+        self._plan()
+
+    def _plan(self) -> None:
+        self._due, self._ahead = time.monotonic() + TIDY_EVERY, _ahead()
+
+    def _now(self) -> float:
+        """The time, whatever is done to the clock during a pass."""
+        return time.monotonic() + self._ahead
 
     def pending(self, _: int) -> list[str]:
-        """Once an hour."""
+        """Once an hour, the first time an hour after the start."""
         return ["old files"] if self.days and time.monotonic() >= self._due else []
 
     def do(self, _: str) -> None:
-        """Remove documents that were sent, and images of what was answered, that are old enough."""
-        before = time.time() - self.days * DAY
+        """Remove documents that were sent, and images of what was answered, that are old enough.
+
+        Not by a clock that was set meanwhile: that makes old what is new.
+        """
+        if abs(_ahead() - self._ahead) > TIDY_EVERY or self._now() < EARLIEST:
+            log.warning("The clock was set, or is wrong: nothing is removed by keep_days for now.")
+            self._plan()
+            return
+        results = images = 0
         for result in filter(Path.is_dir, self.folder.documents.iterdir()):
-            newest = max(path.stat().st_mtime for path in (result, *result.iterdir()))
-            if newest < before and self.desk.is_finished(result.name, self.committing):
+            if not KEY.fullmatch(result.name) or not self._is_old(result, *result.iterdir()):
+                continue  # another may have made it: a file system, a person
+            if self.desk.is_finished(result.name, self.committing):
                 self.desk.forget_answers(result.name)  # by its folder, which goes after them
                 shutil.rmtree(result)
-        for image in self.folder.images.iterdir():
+                results += 1
+        for image in self.folder.images.glob("*.dcm"):
             is_answered = self.desk.state(image.stem) in ("answered", "aside")
-            if image.stat().st_mtime < before and is_answered:
+            if is_answered and self._is_old(image):
                 image.unlink(missing_ok=True)
-        self._due = time.monotonic() + TIDY_EVERY
+                images += 1
+        if results or images:
+            told = "Removed after keep_days: the documents of %d results, and %d images."
+            log.info(told, results, images)
+        self._plan()
+
+    def _is_old(self, *paths: Path) -> bool:
+        """Whether all of these are from before `keep_days`.
+
+        A time that none can be from, as of a clock that was not set yet, begins anew now.
+        """
+        now = self._now()
+        times = {path: path.stat().st_mtime for path in paths}
+        wrong = [path for path, at in times.items() if not EARLIEST <= at <= now + TIDY_EVERY]
+        for path in wrong:
+            os.utime(path)
+        return not wrong and max(times.values()) < now - self.days * DAY
+
+
+def _ahead() -> float:
+    """How far the clock is ahead of one that is never set, in seconds."""
+    return time.time() - time.monotonic()
 
 
 def _shown(counts: Mapping[str, int]) -> dict[str, int]:

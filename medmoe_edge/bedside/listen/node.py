@@ -27,9 +27,10 @@ from pynetdicom.events import EventHandlerType
 from pynetdicom.sop_class import StorageCommitmentPushModel  # type: ignore[attr-defined]
 from pynetdicom.transport import ThreadedAssociationServer
 
+from medmoe_edge.atomic import permitted
 from medmoe_edge.bedside.listen.answering import Answering, Asked
 from medmoe_edge.bedside.listen.config import Configuration, Http
-from medmoe_edge.bedside.listen.desk import Desk, Tidying, remove_leftovers
+from medmoe_edge.bedside.listen.desk import Desk, Tidying, remove_leftovers, sweep
 from medmoe_edge.bedside.listen.fetching import Fetching
 from medmoe_edge.bedside.listen.queue import Folder, Queue
 from medmoe_edge.bedside.listen.receiving import (
@@ -72,7 +73,7 @@ class Worker(threading.Thread):
 
     `do` ends well, or raises: then the key is left for later. It must not be in the log what the
     key stands for, so the log tells an error's own words only where they are ours. `rest` is called
-    when there is nothing to do for now, and at the end.
+    when there is nothing to do for now, and at the end. While `check` raises, nothing is done.
     """
 
     def __init__(
@@ -82,10 +83,11 @@ class Worker(threading.Thread):
         do: Callable[[str], None],
         rest: Callable[[], None] = lambda: None,
         first_delay: float = FIRST_DELAY,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(name=name, daemon=True)
         self._pending, self._do, self._rest = pending, do, rest
-        self._first_delay = first_delay
+        self._first_delay, self._check = first_delay, check
         self._stopping, self._awake = threading.Event(), threading.Event()
         self._delayed: dict[str, tuple[float, float]] = {}  # key -> not before, next delay
         self._began: float | None = None  # the job at hand
@@ -102,16 +104,21 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         """The thread's life."""
+        told = ""
         while not self._stopping.is_set():
             self._awake.clear()
             try:
+                self._check()
                 key = self._next()
                 if key is not None:
                     self._attempt(key)
                     continue
                 self._rest()
+                told = ""
             except Exception as error:
-                log.error("%s cannot work (%s): waiting.", self.name, type(error).__name__)
+                if (why := _why(error)) != told:
+                    log.error("%s cannot work (%s): waiting.", self.name, why)
+                told = why
             self._awake.wait(IDLE)
         self._rest()
 
@@ -136,13 +143,18 @@ class Worker(threading.Thread):
         except Exception as error:
             _, delay = self._delayed.get(key, (0.0, self._first_delay))
             self._delayed[key] = time.monotonic() + delay, min(2 * delay, LONGEST_DELAY)
-            why = error.what if isinstance(error, MedMoEError) else type(error).__name__
-            log.warning("%s: %s failed (%s), again in %.0f s.", self.name, key[:16], why, delay)
+            told = (self.name, key[:16], _why(error), delay)
+            log.warning("%s: %s failed (%s), again in %.0f s.", *told)
             self._failures += 1
             if self._failures >= MANY:
                 self._stopping.wait(self._first_delay * 2 ** min(self._failures - MANY, 6))
         finally:
             self._began = None
+
+
+def _why(error: Exception) -> str:
+    """An error in the log: its own words may tell of a patient unless they are ours."""
+    return error.what if isinstance(error, MedMoEError) else type(error).__name__
 
 
 class Node:
@@ -170,20 +182,20 @@ class Node:
         self.folder = Folder(configuration.folder)
         self._lock = filelock.FileLock(self.folder.lock, timeout=0, fallback_to_soft=False)
         try:
-            self._lock.acquire()
+            with permitted(self.folder.root):
+                self._lock.acquire()
         except filelock.Timeout as error:
             raise ResourceError(
                 "Another node works in this folder.",
                 "One node owns a queue: stop it, or give each node a folder of its own.",
             ) from error
         self.queue = Queue(self.folder.queue)
-        needed = self.queue.images("waiting") | self.queue.images("failed")
-        if configuration.keep_images:
-            needed |= self.queue.images("answered")
-        self.folder.sweep(needed)
-        remove_leftovers(self.folder, self.queue)
+        self.folder.remember()
+        with permitted(self.folder.root):
+            sweep(self.folder, self.queue, keep_images=configuration.keep_images)
+            remove_leftovers(self.folder, self.queue)
         self.answering = Answering(configuration, self.folder, self.queue, engine, locator)
-        worker = partial(Worker, first_delay=first_delay)
+        worker = partial(Worker, first_delay=first_delay, check=self.folder.check)
         self._answerer = worker("Answering", self.answering.pending, self.answering.do)
         self.receiving = Receiving(configuration, self.folder, self.queue, self._answerer.wake)
         self.desk = Desk(configuration.folder)
@@ -281,6 +293,7 @@ class Node:
     def lacks(self) -> str:
         """Why the node would not take an object now; empty where it would."""
         try:
+            self.folder.check()
             self.answering.audit.check()
             self.queue.counts()
             self.receiving.judge_room(0)

@@ -9,6 +9,7 @@ The folder of the DICOM node, which holds patients' images and so is for its own
 
     queue.sqlite     what is to be done, and what was
     images/KEY.dcm   received objects, until they are answered
+    unknown/         received objects that a start has found there and not in the queue
     documents/KEY/   a result of a series, a file for each question and kind of document
     requests/        UIDs of studies that are to be fetched, until they are
     audit.jsonl      unless the configuration names another file
@@ -33,7 +34,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from medmoe_edge.atomic import atomic_file, sync_folder
+from medmoe_edge.atomic import Places, atomic_file, bytes_under, permitted, sync_folder
 from medmoe_edge.bedside.listen.header import Origin, same_patient
 from medmoe_edge.bedside.listen.schema import (
     CURRENT,
@@ -51,7 +52,7 @@ from medmoe_edge.bedside.listen.schema import (
     explaining,
     prepare,
 )
-from medmoe_edge.errors import MedMoEError
+from medmoe_edge.errors import MedMoEError, ResourceError
 from medmoe_edge.image.pixels import Image, shown_name
 from medmoe_edge.image.worker import Bounds, read_apart
 
@@ -69,10 +70,26 @@ class Folder:
         self.requests = root / "requests"
         self.queue, self.lock = root / "queue.sqlite", root / "lock"
         self._used, self._counted = 0, -math.inf
-        for folder in (root, self.images, self.documents, self.requests):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if os.name == "posix" and stat.S_IMODE(folder.stat().st_mode) & 0o077:
-                folder.chmod(0o700)  # whoever made it, nobody else may look into it
+        self._places = Places()
+        with permitted(root):
+            for folder in (root, self.images, self.documents, self.requests):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                if os.name == "posix" and stat.S_IMODE(folder.stat().st_mode) & 0o077:
+                    folder.chmod(0o700)  # whoever made it, nobody else may look into it
+
+    def remember(self) -> None:
+        """From now on `check` holds the folder against what it is now."""
+        subfolders = (self.images, self.documents, self.requests)
+        self._places = Places((self.root, self.queue, self.lock), subfolders)
+
+    def check(self) -> None:
+        """Raise `ResourceError` where a part was moved away, removed or covered by a mount."""
+        if (lost := self._places.lost()) is not None:
+            part = "The" if lost == self.root else f"{lost.name} of the"
+            raise ResourceError(
+                f"{part} node's folder was moved, removed or covered while it runs.",
+                "Bring back what the node began with, or start it anew.",
+            )
 
     def image(self, key: str) -> Path:
         """Where a received object lies."""
@@ -99,44 +116,25 @@ class Folder:
         """Bytes that images, documents and the queue take; counted anew once in a while."""
         now = time.monotonic()
         if now >= self._counted + RECOUNT:
-            used, skipped = 0, tuple(str(self.root / name) for name in STAGING)
-            for at, _, names in os.walk(self.root):  # rglob raises where a folder goes meanwhile
-                if not at.startswith(skipped):
-                    used += sum(size_of(Path(at, name)) for name in names)
-            self._used = used
+            self._used = bytes_under(self.root, (self.root / name for name in STAGING))
             self._counted = now
         return self._used
 
     def keep(self, path: Path, data: bytes) -> None:
         """Write a file that, on return, is on the disk whole, and so is its name."""
-        path.parent.mkdir(mode=0o700, exist_ok=True)
+        self.check()
+        if path.is_relative_to(self.documents):
+            path.parent.mkdir(mode=0o700, exist_ok=True)
         with atomic_file(path) as file:
             file.write(data)
         for folder in (path.parent, path.parent.parent):
             sync_folder(folder)
         self._used += len(data)
 
-    def sweep(self, needed: Iterable[str]) -> None:
-        """Remove images that nobody was told were kept, or that are answered."""
-        names = {f"{key}.dcm" for key in needed}
-        for path in self.images.iterdir():
-            if path.name not in names:
-                path.unlink()
-        for part in self.documents.glob("*/.*.part"):
-            part.unlink()
-
 
 def key_of(uid: str) -> str:
     """The key of an object, from its SOP Instance UID."""
     return hashlib.sha256(uid.encode("ascii")).hexdigest()
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file; none of one that has just gone."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
 
 
 CLOSE = "UPDATE series SET state = ?, why = ?"

@@ -293,10 +293,11 @@ class Receiving:
             status, why = refused.status, refused.why
         except MissingDependencyError as error:
             status, why = CANNOT_UNDERSTAND, f"{error.what} {error.remedy}"
-        except (ResourceError, OSError, MemoryError) as error:
+        except (OSError, MemoryError) as error:
             status, why = OUT_OF_RESOURCES, f"no room for it ({type(error).__name__})"
         except MedMoEError as error:
-            status, why = CANNOT_UNDERSTAND, error.what
+            is_ours = isinstance(error, ResourceError)
+            status, why = OUT_OF_RESOURCES if is_ours else CANNOT_UNDERSTAND, error.what
         except Exception as error:  # whatever a peer's bytes may still provoke
             status, why = CANNOT_UNDERSTAND, f"it is damaged ({type(error).__name__})"
         else:
@@ -361,6 +362,7 @@ class Receiving:
 
     def judge_room(self, size: int) -> None:
         """Refuse what could not be kept; one object at a time is judged and written."""
+        self.folder.check()
         if self.folder.free() - size < self.configuration.reserve_mb * 1_000_000:
             raise Refused(OUT_OF_RESOURCES, "The disk is too full to keep it.")
         quota = self.configuration.quota_mb * 1_000_000
@@ -407,6 +409,7 @@ class Receiving:
     def _add(self, item: Taken, asked: Sequence[str], why: str = "") -> None:
         digest = hashlib.sha256(item.data).hexdigest()
         self.queue.add(item.key, digest, item.peer, asked, item.origin, item.membership, why)
+        self.folder.check()  # or its row and its image may lie apart
 
     def _tell_aside(self, item: Taken, why: str) -> None:
         """Say that nothing is asked: as a warning where it may be a mistake."""

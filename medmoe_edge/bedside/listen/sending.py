@@ -89,6 +89,7 @@ DUPLICATE = 0x0111  # it has an object of that UID: this one, whose UID follows 
 # Of HTTP, those that are about who calls, or when.
 PASSING_HTTP = (401, 407, 408, 425, 429)
 SOME_KEPT = 202
+WEB_PAGES = ("text/html", "application/xhtml+xml")  # which none of these services answers with
 FAILED_SOP, REFERENCED_SOP = "00081198", "00081199"
 
 
@@ -182,6 +183,7 @@ class Sending:
         try:
             return (self.folder.documents / document).read_bytes()
         except FileNotFoundError as error:
+            self.folder.check()  # with which it comes back
             raise Gone("the document is gone", "Restore the node's folder.") from error
 
     def _connected(self, node: DicomDestination) -> Association:
@@ -223,6 +225,7 @@ class Sending:
                 headers[each] = dcmread(self.folder.documents / each, stop_before_pixels=True)
             except FileNotFoundError:
                 gone.append(each)
+        self.folder.check()
         if gone:  # recorded as asked by no UID, so that the others' turn comes
             self.queue.ask_commitment(node.name, "", dict.fromkeys(gone, ""))
             log.warning(
@@ -399,6 +402,9 @@ def check_done(response: httpx.Response) -> None:
         passes = not response.is_client_error or status in PASSING_HTTP
         error = ResourceError if passes else RefusedForGood
         raise error(f"it refused: HTTP {status}", LOG)
+    kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    if kind in WEB_PAGES:  # of a network that wants a login, of another path
+        raise ResourceError("it answered with a web page: is the address right?", LOG)
 
 
 def read_json(response: httpx.Response) -> Any:
