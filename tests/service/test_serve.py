@@ -1,6 +1,7 @@
 """The service in this process, over stand-ins: what it answers, refuses, logs and counts."""
 
 import base64
+import contextlib
 import io
 import json
 import logging
@@ -12,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command_line import Run, two_lines
+from command_line import Run, raising, two_lines
 from fastapi import FastAPI
 from PIL import Image as Pillow
 from serving import MODEL, StandIn, app_over, client_of, png, upload, work_over
 from starlette.testclient import TestClient
 
 from medmoe_edge.bedside.audit.log import AuditLog
+from medmoe_edge.bedside.serve.errors import Refusal
 from medmoe_edge.bedside.serve.guard import Logins
 from medmoe_edge.bedside.serve.settings import Limits, Settings, read_tokens
 from medmoe_edge.bedside.serve.work import Upload
@@ -364,6 +366,19 @@ def test_who_guesses_tokens_has_to_wait(caplog: pytest.LogCaptureFixture) -> Non
         assert 0 < int(response.headers["retry-after"]) <= Logins.seconds
         assert client.get("/healthz").status_code == 200
     assert sum("no token, or a wrong one" in text for text in caplog.messages) == Logins.most
+
+
+def test_who_guesses_tokens_has_to_wait_even_where_the_log_cannot_say_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logins = Logins()
+    monkeypatch.setattr(logging.getLogger(Logins.__module__), "handle", raising(OSError(28, "")))
+    for _ in range(Logins.most):
+        logins.check("10.0.0.1")
+        with contextlib.suppress(OSError):
+            logins.failed("10.0.0.1")
+    with pytest.raises(Refusal, match="too many wrong tokens"):
+        logins.check("10.0.0.1")
 
 
 def test_pages_of_named_origins_may_ask() -> None:

@@ -232,6 +232,15 @@ def served(*options: str, log: Path) -> Iterator[tuple[subprocess.Popen[str], st
             process.wait(20)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_log_that_cannot_be_written_ends_nothing() -> None:
+    with served(log=Path("/dev/full")) as (process, url), client(url) as asker:
+        assert asker.get("/healthz").status_code == 200
+        assert asker.get("/v1/nothing").status_code == 404  # which is logged
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
 def test_what_was_accepted_is_answered_after_sigterm(tmp_path: Path) -> None:
     log, results = tmp_path / "log", list[httpx.Response]()
     with served("--queue", "8", log=log) as (process, url), client(url) as asker:

@@ -305,12 +305,12 @@ class AuditLog:
         file.seek(0, os.SEEK_END)
         if holds:
             return True
+        self._missing = kept[1]
         log.error(
             "The audit log has %d entries and not the last one that was written here, %d: "
             "its end was cut off, or it is another log.",
             *(number, kept[0]),
         )
-        self._missing = kept[1]
         return False
 
     @contextlib.contextmanager
@@ -356,9 +356,9 @@ def _last(file: IO[bytes]) -> tuple[int, str]:
             "See: medmoe-edge audit verify; then keep that log, and begin one of another name.",
         )
     if torn:
-        log.warning("The audit log ended in an unfinished line, as after a crash: it is cut off.")
         end -= len(torn)
         file.truncate(end)
+        log.warning("The audit log ended in an unfinished line, as after a crash: it is cut off.")
     file.seek(end)
     if entry is None:
         return 0, GENESIS

@@ -104,16 +104,22 @@ class Worker(threading.Thread):
         """The thread's life."""
         while not self._stopping.is_set():
             self._awake.clear()
-            try:
-                key = self._next()
-                if key is not None:
-                    self._attempt(key)
+            with contextlib.suppress(Exception):  # not even what the log raises ends the thread
+                if self._works():
                     continue
-                self._rest()
-            except Exception as error:
-                log.error("%s cannot work (%s): waiting.", self.name, type(error).__name__)
             self._awake.wait(IDLE)
         self._rest()
+
+    def _works(self) -> bool:
+        """Do what is due now; whether anything was."""
+        try:
+            if (key := self._next()) is not None:
+                self._attempt(key)
+                return True
+            self._rest()
+        except Exception as error:
+            log.error("%s cannot work (%s): waiting.", self.name, type(error).__name__)
+        return False
 
     def _next(self) -> str | None:
         """The key to do now; one more than the delayed are asked for, so that a new one is seen."""
@@ -137,8 +143,8 @@ class Worker(threading.Thread):
             _, delay = self._delayed.get(key, (0.0, self._first_delay))
             self._delayed[key] = time.monotonic() + delay, min(2 * delay, LONGEST_DELAY)
             why = error.what if isinstance(error, MedMoEError) else type(error).__name__
-            log.warning("%s: %s failed (%s), again in %.0f s.", self.name, key[:16], why, delay)
             self._failures += 1
+            log.warning("%s: %s failed (%s), again in %.0f s.", self.name, key[:16], why, delay)
             if self._failures >= MANY:
                 self._stopping.wait(self._first_delay * 2 ** min(self._failures - MANY, 6))
         finally:

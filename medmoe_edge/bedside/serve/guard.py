@@ -173,10 +173,10 @@ class Logins:
 
     def failed(self, address: str) -> None:
         """A token was wrong."""
-        log.warning("A request from %s had no token, or a wrong one.", address)
         self._failed.setdefault(address, deque()).append(time.monotonic())
         while len(self._failed) > self.addresses:  # the oldest are forgotten
             del self._failed[next(iter(self._failed))]
+        log.warning("A request from %s had no token, or a wrong one.", address)
 
 
 LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
@@ -233,10 +233,10 @@ class Guard:
             pass
         except Exception as error:
             refused = refusal(error)
-            if refused.code == "unexpected":  # its text might quote what was sent
-                log.error("Unexpected error (%s in %s).", type(error).__name__, _where(error))
             if status == 499:
                 await refused.response()(scope, receive, tell)
+            if refused.code == "unexpected":  # its text might quote what was sent
+                log.error("Unexpected error (%s in %s).", type(error).__name__, _where(error))
         finally:
             seconds = time.perf_counter() - started
             route = _route(scope)
