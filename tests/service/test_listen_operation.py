@@ -173,6 +173,13 @@ def test_pages_of_other_sites_reach_nothing(tmp_path: Path) -> None:
         assert get(url, headers={"Origin": "http://evil.example"}).status_code == 403
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
+def test_the_http_port_may_have_an_address_of_ipv6(tmp_path: Path) -> None:
+    http = {"host": "::1", "port": 0}
+    with Node(configuration(tmp_path / "node", http=http), StandIn()) as node:
+        assert get(f"http://[::1]:{node.web_port}/healthz").status_code == 200
+
+
 def test_an_engine_that_hangs_is_not_well(tmp_path: Path) -> None:
     with Node(configuration(tmp_path / "node"), StandIn(seconds=2), stuck=0.2) as node:
         assert node.ails() == ""

@@ -213,7 +213,7 @@ def test_a_port_that_is_taken_is_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ResourceError, match=f"port {port}"):
-            serve_server.listening(Settings(port=port))
+            serve_server.listening("127.0.0.1", port, "Choose another.")
 
 
 @contextlib.contextmanager

@@ -341,7 +341,7 @@ class WebServer:
         with needs("serve"):
             import uvicorn
 
-            from medmoe_edge.bedside.serve.server import QUIET
+            from medmoe_edge.bedside.serve.server import QUIET, listening
         self._tokens = read_tokens(settings.token_file) if settings.token_file else {}
         self._node = node
         self._uploads = threading.Semaphore(MOST_UPLOADS)
@@ -355,13 +355,7 @@ class WebServer:
         config.load()
         if settings.tls is not None:
             config.ssl = settings.tls.server()
-        try:
-            self._socket = socket.create_server((settings.host, settings.port))
-        except OSError as error:
-            raise ResourceError(
-                f"The node's HTTP port cannot be had ({error.strerror or type(error).__name__}).",
-                "Configure another under [http].",
-            ) from error
+        self._socket = listening(settings.host, settings.port, "Configure another under [http].")
         self.port = int(self._socket.getsockname()[1])
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(

@@ -233,7 +233,7 @@ def run(app: FastAPI, settings: Settings, ready: Callable[[str], None]) -> None:
     `ready` is called with the URL once requests are taken. Raises `ResourceError` where it cannot
     listen, and `KeyboardInterrupt` after a SIGINT.
     """
-    with listening(settings) as listener:
+    with listening(settings.host, settings.port, "Choose another --host or --port.") as listener:
         server = Server(app, settings, lambda: ready(url_of(settings, listener)))
         before = signal.signal(
             signal.SIGTERM, lambda *_: None
@@ -268,17 +268,17 @@ class Server(uvicorn.Server):
         self._ready()
 
 
-def listening(settings: Settings) -> socket.socket:
+def listening(host: str, port: int, remedy: str) -> socket.socket:
     """A socket that listens; raises `ResourceError` where the address cannot be had."""
     try:
         family, _, _, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         return socket.create_server(address[:2], family=family)
     except OSError as error:
+        why = error.strerror or type(error).__name__
         raise ResourceError(
-            f"Nothing can listen on {settings.host}, port {settings.port} ({error.strerror}).",
-            "Choose another --host or --port.",
+            f"Nothing can listen on {host}, port {port} ({why}).", remedy
         ) from error
 
 
