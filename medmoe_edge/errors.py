@@ -270,6 +270,14 @@ class Options:
             object.__setattr__(self, field.name, value)
 
 
+def is_host(name: str) -> bool:
+    """Whether it can be the name or address of a host: no part is empty, or over 63 letters."""
+    try:
+        return bool(name.encode("idna"))
+    except UnicodeError:
+        return False
+
+
 def shown_bytes(count: float) -> str:
     """Bytes for people in the unit that fits, of powers of 1,000: 812 B, 21.3 MB, 3.12 GB."""
     for unit, digits in (("B", 0), ("kB", 1), ("MB", 1)):

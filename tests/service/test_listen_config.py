@@ -78,6 +78,10 @@ def test_yes_and_no_are_chosen_between_and_other_answers_where_they_are_given(
         (GOOD.replace('["Is there effusion?"]', "[]"), "questions.0.ask"),
         (GOOD.replace('"Is there effusion?"', '" "'), "questions.0.ask.0"),
         (GOOD.replace('"SENDER"', '"SENDER", hosts = ["localhost"]'), "peers.0.hosts.0"),
+        *((GOOD + f"host = '{host}'", "host") for host in ("", "a..b", "h" * 64)),
+        (GOOD + "[http]\nhost = 'a..b'", "http.host"),
+        (GOOD + "[[hl7]]\nhost = 'a..b'\nport = 1", "hl7.0.host"),
+        (GOOD + "[[stow]]\nurl = 'https://a..b'", "stow.0"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, run: Run, text: str, what: str) -> None:

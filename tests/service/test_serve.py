@@ -565,6 +565,8 @@ def test_a_poor_token_is_refused(tmp_path: Path, text: bytes) -> None:
 def test_bad_starts_are_two_lines(run: Run, tmp_path: Path) -> None:
     (tmp_path / "open").write_text("0123456789abcdef")
     (tmp_path / "open").chmod(0o644)
+    (tmp_path / "closed").write_text("0123456789abcdef")
+    (tmp_path / "closed").chmod(0o600)
     (tmp_path / "no.pem").write_text("no certificate")
     for arguments, code in (
         (["--host", "0.0.0.0"], 2),
@@ -573,6 +575,7 @@ def test_bad_starts_are_two_lines(run: Run, tmp_path: Path) -> None:
         (["--tls-cert", "no.pem"], 2),
         (["--tls-cert", "no.pem", "--tls-key", "no.pem"], 2),
         (["--port", "70000"], 2),
+        (["--host", "a..b", "--token-file", "closed", "--behind-proxy", "127.0.0.1"], 2),
         (["--model", "nanno"], 3),
     ):
         result = run("serve", *arguments)

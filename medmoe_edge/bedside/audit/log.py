@@ -49,7 +49,7 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from medmoe_edge.atomic import atomic_file, sync_folder, writing
-from medmoe_edge.errors import DataError, InputError, ResourceError, unreadable
+from medmoe_edge.errors import DataError, InputError, ResourceError, is_host, unreadable
 
 GENESIS = "0" * 64
 MAX_LINE = 2**20  # bytes; a question has at most 10,000 characters
@@ -406,7 +406,7 @@ class Collector:
         host, colon, port = place.rpartition(":")
         if not colon or place.endswith("]"):
             host, port = place, str(PORT)
-        if not host.strip("[]") or not port.isdecimal() or not 0 < int(port) < 2**16:
+        if not is_host(host.strip("[]")) or not port.isdecimal() or not 0 < int(port) < 2**16:
             raise InputError(f"{place!r} is not HOST or HOST:PORT.", f"Syslog's is {PORT}.")
         return cls(host.strip("[]"), int(port), **files)
 

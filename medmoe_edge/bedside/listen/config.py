@@ -51,7 +51,7 @@ import pydantic
 from medmoe_edge.bedside.listen.header import body_parts
 from medmoe_edge.bedside.serve.settings import is_loopback, no_password
 from medmoe_edge.engine.answer import choices_of, given_choices
-from medmoe_edge.errors import InputError, ResourceError, unreadable
+from medmoe_edge.errors import InputError, ResourceError, is_host, unreadable
 
 Document = Literal[
     "picture", "comprehensive-3d-sr", "basic-text-sr", "heat-map", "fhir-r4", "fhir-r5", "hl7-v2"
@@ -74,6 +74,13 @@ def _named(path: object) -> object:
     return path
 
 
+def _host(name: str) -> str:
+    if not is_host(name):
+        raise ValueError(f"{name!r} is no name or address of a host")
+    return name
+
+
+Host = Annotated[str, pydantic.AfterValidator(_host)]
 File = Annotated[Path, pydantic.BeforeValidator(_named), pydantic.AfterValidator(_from_home)]
 # Those of BCP 195 (RFC 9325, 4.2) that OpenSSL has below TLS 1.3, whose own are all good.
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
@@ -218,8 +225,7 @@ def without_secrets(name: str) -> str:
     if not name.startswith(("http", "stow+http")):
         return name
     parts = urllib.parse.urlsplit(name)
-    host = parts.netloc.rpartition("@")[2]
-    return parts._replace(netloc=host, query="", fragment="").geturl()
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
 class _Remote(_Part):
@@ -239,7 +245,7 @@ class _Remote(_Part):
 
 
 class _Node(_Remote):
-    host: str = pydantic.Field(min_length=1)
+    host: Host
     port: Port
 
 
@@ -265,7 +271,8 @@ class _Web(_Remote):
     token_file: File | None = None
 
     @pydantic.model_validator(mode="after")
-    def _keeps_its_token(self) -> Self:
+    def _has_a_host_and_keeps_its_token(self) -> Self:
+        _host(self.url.host or "")
         if self.token_file and self.url.scheme == "http" and not is_loopback(self.url.host or ""):
             raise ValueError("A token would cross the network unencrypted: write https.")
         return self
@@ -348,7 +355,7 @@ class Http(_Part):
     `token_file` is as of `serve`. Others than this machine need a token and TLS.
     """
 
-    host: str = "127.0.0.1"
+    host: Host = "127.0.0.1"
     port: int = pydantic.Field(11180, ge=0, le=65535)
     token_file: File | None = None
     tls: Tls | None = None
@@ -380,7 +387,7 @@ class Configuration(_Part):
     """
 
     ae_title: AETitle = "MEDMOE"
-    host: str = "127.0.0.1"
+    host: Host = "127.0.0.1"
     port: int = pydantic.Field(11112, ge=0, le=65535)  # 0: any that is free
     tls: Tls | None = None
     http: Http | None = None

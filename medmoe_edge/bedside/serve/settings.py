@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from medmoe_edge.errors import InputError, unreadable
+from medmoe_edge.errors import InputError, is_host, unreadable
 from medmoe_edge.image.pixels import MAX_PIXELS
 from medmoe_edge.image.worker import Bounds
 
@@ -70,6 +70,8 @@ class Settings:
     cors_origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not is_host(self.host):
+            raise InputError(f"{self.host!r} is no host.", "Give the name or address of one.")
         if not self.tokens and not (self.is_local and self.proxy is None):
             where = "Through a proxy" if self.is_local else f"On {self.host}"
             raise InputError(
