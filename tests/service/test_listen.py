@@ -108,8 +108,12 @@ def test_who_is_not_on_the_list_is_not_let_in(
         assert node.queue.counts()["waiting"] == 0
     why = "its AE title or address is not on the list"
     assert (why if called == "MEDMOE" else "it called another AE title") in caplog.text
-    peer = {"ae_title": PEER, "hosts": ["127.0.0.1"]}
-    for host in ("127.0.0.1", *(["::"] if socket.has_dualstack_ipv6() else [])):
+    both = [("::", "127.0.0.1"), ("127.0.0.1", "::ffff:127.0.0.1")]
+    for host, known in (
+        ("127.0.0.1", "127.0.0.1"),
+        *(both if socket.has_dualstack_ipv6() else []),
+    ):
+        peer = {"ae_title": PEER, "hosts": [known]}
         with Node(configuration(tmp_path / "node", host=host, peers=[peer]), StandIn()) as node:
             assert send(node.port, study()) == [0]
 

@@ -53,6 +53,7 @@ from medmoe_edge.bedside.listen.selection import (
     register,
     shown_uid,
 )
+from medmoe_edge.bedside.serve.settings import plain_address
 from medmoe_edge.errors import MedMoEError, MissingDependencyError, ResourceError
 from medmoe_edge.image.dicom_container import deflated_meta
 from medmoe_edge.image.dicom_pixels import can_decode
@@ -226,8 +227,7 @@ class Receiving:
         asked, requestor = association.requestor.primitive, association.requestor
         assert asked is not None  # what this event is about
         title = str(asked.calling_ae_title).strip()
-        address = ipaddress.ip_address(requestor.address)
-        address = getattr(address, "ipv4_mapped", None) or address  # on a port for both
+        address = plain_address(ipaddress.ip_address(requestor.address))
         known = (each for each in self.configuration.peers if each.ae_title == title)
         if not any(not each.hosts or address in each.hosts for each in known):
             return "its AE title or address is not on the list", 1, 1, 3

@@ -16,6 +16,7 @@ from medmoe_edge.image.worker import Bounds
 TOKEN = re.compile(r"[!-~]{16,1024}")  # visible ASCII, and long enough not to be guessed
 NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)  # of a token, as the audit log has it
 ORIGIN = re.compile(r"https?://[\w.-]+(:\d+)?|https?://\[[0-9a-f:]+\](:\d+)?", re.ASCII)
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 MAX_TOKENS = 2**20  # bytes of their file
 
 
@@ -165,6 +166,12 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def plain_address(address: IPAddress) -> IPAddress:
+    """An address of IPv4 as such, also where IPv6 has mapped it: a port for both says it so."""
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address
 
 
 def no_password() -> str:
