@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 import trustme
-from command_line import ROOT
-from serving import StandIn, live, png, upload
+from command_line import ROOT, raising
+from serving import StandIn, app_over, live, png, upload
 
 from medmoe_edge.bedside.serve import server as serve_server
 from medmoe_edge.bedside.serve.settings import Limits, Settings
@@ -214,6 +214,15 @@ def test_a_port_that_is_taken_is_told() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ResourceError, match=f"port {port}"):
             serve_server.listening("127.0.0.1", port, "Choose another.")
+
+
+def test_where_nobody_can_be_told_that_it_listens_it_ends_in_order(
+    engine: StandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    untold = raising(OSError(28, "No space left on device"))
+    with pytest.raises(OSError, match="No space"):
+        serve_server.run(app_over(engine), Settings(port=0), untold)
+    assert caplog.text == ""
 
 
 @contextlib.contextmanager

@@ -242,10 +242,14 @@ def run(app: FastAPI, settings: Settings, ready: Callable[[str], None]) -> None:
             server.run([listener])
         finally:
             signal.signal(signal.SIGTERM, before)
+    if server.failure is not None:
+        raise server.failure
 
 
 class Server(uvicorn.Server):
-    """Uvicorn as this service needs it."""
+    """Uvicorn as this service needs it; `failure` is why nobody could be told that it listens."""
+
+    failure: BaseException | None = None
 
     def __init__(self, app: FastAPI, settings: Settings, ready: Callable[[], None]) -> None:
         limits, self._ready = settings.limits, ready
@@ -262,10 +266,14 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say so."""
-        await super().startup(sockets)
-        self._ready()
+    async def main_loop(self) -> None:
+        """Say that it listens, and go on; where that cannot be said, end as at any other time."""
+        try:
+            self._ready()
+        except (Exception, SystemExit) as error:
+            self.failure = error
+        else:
+            await super().main_loop()
 
 
 def listening(host: str, port: int, remedy: str) -> socket.socket:
