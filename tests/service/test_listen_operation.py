@@ -164,6 +164,9 @@ def test_pages_of_other_sites_reach_nothing(tmp_path: Path) -> None:
             foreign = {"Origin": "http://evil.example"}
             told = httpx.request(method, url + route, headers=foreign, timeout=60)
             assert (told.status_code, told.json()["error"]["code"]) == (403, "wrong_origin")
+        packed = {"Content-Encoding": "gzip"}
+        told = httpx.post(f"{url}/studies", headers=packed, content=b"a", timeout=60)
+        assert (told.status_code, told.json()["error"]["code"]) == (415, "unsupported_encoding")
         for headers in ({}, {"Host": f"localhost:{node.web_port}"}, {"Origin": url}):
             assert get(f"{url}/healthz", headers=headers).status_code == 200
     guarded = {"port": 0, "token_file": str(tokens)}

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import gzip
 import io
 import json
 import logging
@@ -269,6 +270,17 @@ def test_broken_forms_are_refused(client: TestClient, content: bytes, kind: str)
     response = client.post("/v1/ask", content=content, headers={"content-type": kind})
     assert response.status_code in (400, 422)
     assert "Smith" not in json.dumps(error_of(response, response.status_code))
+
+
+@pytest.mark.parametrize("route", ["/v1/ask", "/v1/chat/completions"])
+def test_a_packed_body_is_refused_as_such(client: TestClient, route: str) -> None:
+    for encoding in ("gzip", "Zstd, gzip"):
+        headers = {"content-encoding": encoding, "content-type": "application/json"}
+        response = client.post(route, content=gzip.compress(b"{}"), headers=headers)
+        assert error_of(response, 415)["code"] == "unsupported_encoding"
+        assert response.headers["accept-encoding"] == "identity"
+    headers = {"content-encoding": "identity"}
+    assert client.post("/v1/ask", data=ASK, files=upload(), headers=headers).status_code == 200
 
 
 @pytest.mark.parametrize(

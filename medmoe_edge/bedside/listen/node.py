@@ -389,15 +389,16 @@ class WebServer:
         )
 
     def _of_this_site(self, app: "Starlette", *, is_local: bool) -> "ASGIApp":
-        """The app, closed to what pages of other sites send, as the service is."""
+        """The app, closed to pages of other sites and to packed bodies, as the service is."""
         from starlette.datastructures import Headers
 
         from medmoe_edge.bedside.serve.errors import Refusal
-        from medmoe_edge.bedside.serve.guard import check_site
+        from medmoe_edge.bedside.serve.guard import check_encoding, check_site
 
         async def checked(scope: "Scope", receive: "Receive", send: "Send") -> None:
             try:
                 check_site(Headers(scope=scope), is_local=is_local)
+                check_encoding(Headers(scope=scope))
             except Refusal as refused:
                 await refused.response()(scope, receive, send)
             else:
