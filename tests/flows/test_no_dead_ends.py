@@ -158,7 +158,10 @@ def test_a_full_output_is_two_lines(line: list[str]) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize(("line", "code"), [(["inspect", "nano"], 0), (["inspect", "none"], 3)])
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [(["ask", str(ROOT / "scan.png"), "Is it?"], 0), (["-v", "inspect", "none"], 3)],
+)
 def test_what_cannot_be_told_on_stderr_changes_nothing(line: list[str], code: int) -> None:
     with Path("/dev/full").open("w") as full:
         result = start(*line, stdout=subprocess.PIPE, stderr=full, capture_output=False)
