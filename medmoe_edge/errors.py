@@ -270,6 +270,23 @@ class Options:
             object.__setattr__(self, field.name, value)
 
 
+def is_host(name: str) -> bool:
+    """Whether it can be the name or address of a host: no part is empty, or over 63 letters."""
+    try:
+        return bool(name.encode("idna"))
+    except UnicodeError:
+        return False
+
+
+def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for `json.loads`; raises `ValueError` for a key that is there twice."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name!r} is there twice in one object: leave one of them")
+    return dict(pairs)
+
+
 def shown_bytes(count: float) -> str:
     """Bytes for people in the unit that fits, of powers of 1,000: 812 B, 21.3 MB, 3.12 GB."""
     for unit, digits in (("B", 0), ("kB", 1), ("MB", 1)):

@@ -127,7 +127,7 @@ def _run_as_service(file: "Log | None" = None) -> None:
     os.umask(0o077)
     if file is not None:
         try:
-            rotated = RotatingFileHandler(
+            rotated = _LogFile(
                 file.file, maxBytes=file.max_mb * 10**6, backupCount=file.keep, encoding="utf-8"
             )
         except OSError as error:
@@ -138,6 +138,15 @@ def _run_as_service(file: "Log | None" = None) -> None:
     for handler in own:
         handler.setFormatter(form)
     logging.getLogger("uvicorn").handlers = own  # what it says of requests that are none
+
+
+class _LogFile(RotatingFileHandler):
+    """Loses what it cannot write, and opens its file anew: the disk may have room again."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say nothing: no decision rests on the log."""
+        with contextlib.suppress(OSError, ValueError):
+            self.close()
 
 
 LISTEN = """Receive DICOM images, answer configured questions about each series, send reports on.

@@ -178,6 +178,9 @@ def start(verbs: typer.Typer) -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed: the next file that is opened would take its place
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        given, file = sys.stderr, io.BufferedWriter(_Lossy(sys.stderr))
+        sys.stderr = io.TextIOWrapper(file, given.encoding, given.errors, line_buffering=True)
     for name in SIZES:
         if not re.fullmatch("[1-9][0-9]{0,3}", os.environ.get(name, "80")):
             del os.environ[name]
@@ -186,6 +189,30 @@ def start(verbs: typer.Typer) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a locale may lack a question's letters
         sys.stdout.reconfigure(errors="replace")
     verbs()
+
+
+class _Lossy(io.RawIOBase):
+    """Takes what cannot be written as written: what nobody can be told must not end the work."""
+
+    def __init__(self, file: io.TextIOWrapper) -> None:
+        super().__init__()
+        self._file = file  # which would be closed if nobody held it
+        self._raw: Any = getattr(file.buffer, "raw", file.buffer)
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return self._file.isatty()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def write(self, data: Any, /) -> int:
+        written = None
+        with contextlib.suppress(OSError):
+            written = self._raw.write(data)
+        return len(data) if written is None else int(written)
 
 
 def verb(name: str, panel: str, example: str) -> Callable[..., Any]:
@@ -419,10 +446,19 @@ def log_to_stderr(level: str) -> None:
 
 
 class _StderrHandler(logging.Handler):
-    """Writes to what stderr is at the moment, which a progress bar replaces while it runs."""
+    """Writes to what stderr is at the moment, which a progress bar replaces while it runs.
+
+    What cannot be written is lost without a word, and never raises: no decision rests on the log.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        try:
+            print(self.format(record), file=sys.stderr)
+        except Exception:
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say nothing: there is nowhere else to say it."""
 
 
 def _report(error: Exception, as_json: bool) -> int:

@@ -26,7 +26,15 @@ from medmoe_edge.bundle.machine import (
     memory_here,
 )
 from medmoe_edge.config import Config
-from medmoe_edge.errors import ConfigError, DataError, InputError, Told, did_you_mean, shown_bytes
+from medmoe_edge.errors import (
+    ConfigError,
+    DataError,
+    InputError,
+    Told,
+    did_you_mean,
+    once,
+    shown_bytes,
+)
 from medmoe_edge.export.gpus import GPUS, Library
 from medmoe_edge.export.jetson import find_jetson
 from medmoe_edge.runtimes.costs import NUMBER, Kind, Precision, Speed
@@ -168,7 +176,7 @@ def find_device(name: str) -> Device:
         # of a container's or a service's the system keeps nothing, but of what is around it
         kept = max(2 * GB - (machine_memory() - memory), 0)
         return Device(HERE, title, "cpu", memory, None, kept)
-    if name.endswith(FILES):
+    if name.lower().endswith(FILES):
         return read_device(Path(name))
     if name not in DEVICES:
         names = (*DEVICES, HERE)
@@ -252,7 +260,8 @@ def _parsed(file: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read.", "Give a .toml or .json file.") from error
     try:
-        data = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+        is_json = file.suffix.lower() == ".json"
+        data = json.loads(text, object_pairs_hook=once) if is_json else tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is no valid {file.suffix[1:].upper()}.", str(error)) from error
     return data

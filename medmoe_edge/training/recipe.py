@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from medmoe_edge.config import Config, RefusalCode, later
-from medmoe_edge.errors import ConfigError, DataError
+from medmoe_edge.errors import ConfigError, DataError, once
 
 MIN_VOCABULARY = 257  # one token a byte, and the end of an answer
 RecipeT = TypeVar("RecipeT", bound=Config)
@@ -303,7 +303,8 @@ def recipe_json(name_or_path: str) -> dict[str, Any]:
     try:
         source = shipped if shipped.is_file() else Path(name_or_path)
         text = source.read_text(encoding="utf-8-sig")
-        data = json.loads(text) if text.lstrip()[:1] in ("{", "") else tomllib.loads(text)
+        is_json = text.lstrip()[:1] in ("{", "")
+        data = json.loads(text, object_pairs_hook=once) if is_json else tomllib.loads(text)
     except FileNotFoundError as error:
         raise DataError(
             f"There is no recipe {name_or_path!r}.",
@@ -313,14 +314,14 @@ def recipe_json(name_or_path: str) -> dict[str, Any]:
         raise DataError(
             f"The recipe {name_or_path!r} is not valid TOML ({error}).", "Correct that place."
         ) from error
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"The recipe {name_or_path!r} is not valid JSON ({error}).", "Correct that place."
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, UnicodeError, RecursionError) as error:
         raise DataError(
             f"The recipe {name_or_path!r} cannot be read.",
             f"Give a TOML or JSON file, or one of: {', '.join(shipped_recipes())}.",
+        ) from error
+    except ValueError as error:
+        raise DataError(
+            f"The recipe {name_or_path!r} is not valid JSON ({error}).", "Correct that place."
         ) from error
     if not isinstance(data, dict) or not data:
         raise DataError(

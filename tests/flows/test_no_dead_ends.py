@@ -4,6 +4,7 @@ import csv
 import errno
 import itertools
 import json
+import logging
 import os
 import re
 import signal
@@ -12,16 +13,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import typer.main
-from command_line import ROOT, Run, start, two_lines
+from command_line import ROOT, Run, raising, start, two_lines
 from PIL import Image as Pillow
 from typer.testing import CliRunner
 
 from medmoe_edge import cli
 from medmoe_edge.atomic import atomic_file
+from medmoe_edge.cli import bedside, common
 from medmoe_edge.errors import did_you_mean, shown_bytes
 
 Make = Callable[..., Path]
@@ -152,6 +155,40 @@ def test_a_full_output_is_two_lines(line: list[str]) -> None:
     assert result.returncode == 5
     assert "no space left on device" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [(["ask", str(ROOT / "scan.png"), "Is it?"], 0), (["-v", "inspect", "none"], 3)],
+)
+def test_what_cannot_be_told_on_stderr_changes_nothing(line: list[str], code: int) -> None:
+    with Path("/dev/full").open("w") as full:
+        result = start(*line, stdout=subprocess.PIPE, stderr=full, capture_output=False)
+    assert result.returncode == code
+
+
+def test_a_log_that_cannot_be_written_raises_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = logging.getLogger("medmoe_edge")
+    monkeypatch.setattr(logger, "handlers", [])
+    common.log_to_stderr("WARNING")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", SimpleNamespace(write=raising(BrokenPipeError())))
+        logger.warning("lost")
+    logger.warning("told")
+    if Path("/dev/full").exists():
+        path = tmp_path / "log"
+        path.symlink_to("/dev/full")
+        file = bedside._LogFile(path, maxBytes=1000, backupCount=1)
+        monkeypatch.setattr(logger, "handlers", [file])
+        logger.warning("lost")
+        path.unlink()  # now there is room
+        logger.warning("kept")
+        file.close()
+        assert path.read_text() == "kept\n"
+    assert capsys.readouterr().err == "told\n"
 
 
 @pytest.mark.parametrize("size", ["0", "99999999999", "\N{SUPERSCRIPT TWO}"])

@@ -157,7 +157,7 @@ def live(engine: StandIn, **options: Any) -> Iterator[str]:
     """The URL of a service that listens, in a thread of its own."""
     app, ready = app_over(engine, port=0, **options), threading.Event()
     settings = Settings(port=0, **{k: options[k] for k in ("certificate", "key") if k in options})
-    with listening(settings) as listener:
+    with listening(settings.host, settings.port, "") as listener:
         server = Server(app, settings, ready.set)
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()

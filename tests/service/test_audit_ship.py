@@ -172,7 +172,7 @@ def test_a_stranger_gets_nothing(
     assert collector.data == b""
 
 
-@pytest.mark.parametrize("place", ["", ":6514", "logs:0", "logs:x", "logs:70000"])
+@pytest.mark.parametrize("place", ["", ":6514", "logs:0", "logs:x", "logs:70000", "a..b"])
 def test_a_place_that_is_none_is_refused(place: str) -> None:
     with pytest.raises(InputError, match="HOST"):
         Collector.at(place)

@@ -108,10 +108,57 @@ def test_who_is_not_on_the_list_is_not_let_in(
         assert node.queue.counts()["waiting"] == 0
     why = "its AE title or address is not on the list"
     assert (why if called == "MEDMOE" else "it called another AE title") in caplog.text
-    peer = {"ae_title": PEER, "hosts": ["127.0.0.1"]}
-    for host in ("127.0.0.1", *(["::"] if socket.has_dualstack_ipv6() else [])):
+    both = [("::", "127.0.0.1"), ("127.0.0.1", "::ffff:127.0.0.1")]
+    for host, known in (
+        ("127.0.0.1", "127.0.0.1"),
+        *(both if socket.has_dualstack_ipv6() else []),
+    ):
+        peer = {"ae_title": PEER, "hosts": [known]}
         with Node(configuration(tmp_path / "node", host=host, peers=[peer]), StandIn()) as node:
             assert send(node.port, study()) == [0]
+
+
+NO_LOG = raising(OSError(28, "No space left on device"))
+
+
+@pytest.mark.parametrize("called", ["MEDMOE", "SOMEBODY"])
+def test_who_is_rejected_is_so_even_where_the_log_cannot_say_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, called: str
+) -> None:
+    monkeypatch.setattr(listen_receiving.log, "handle", NO_LOG)
+    peer = {"ae_title": "OTHER" if called == "MEDMOE" else PEER}
+    with Node(configuration(tmp_path / "node", peers=[peer]), StandIn()) as node:
+        assert send(node.port, study(), called=called) == [-1]
+        assert node.queue.counts()["waiting"] == 0
+
+
+def test_who_cannot_be_judged_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Node(configuration(tmp_path / "node"), StandIn()) as node:
+        for method in ("_rejection", "_support_private"):
+            with monkeypatch.context() as patch:
+                patch.setattr(node.receiving, method, raising(RuntimeError("Doe^Jane")))
+                assert send(node.port, study()) == [-1]
+            wait_for(lambda: "rejected: it cannot be judged (RuntimeError)" in caplog.text)
+            caplog.clear()
+        assert send(node.port, study()) == [0]
+
+
+def test_a_log_that_cannot_be_written_ends_no_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listen_node.log, "handle", NO_LOG)
+    with Node(configuration(tmp_path / "node"), StandIn(), first_delay=0.01) as node:
+        with monkeypatch.context() as patch:
+            patch.setattr(node._answerer, "_pending", raising(OSError("a")))
+            time.sleep(0.2)
+            patch.setattr(node._answerer, "_pending", lambda *_: ["1"])
+            patch.setattr(node._answerer, "_do", raising(OSError("b")))
+            wait_for(lambda: node._answerer._failures > 1)
+        assert send(node.port, study()) == [0]
+        wait_for(lambda: done(node))
+        assert node.ails() == ""
 
 
 @pytest.mark.parametrize(
@@ -203,7 +250,7 @@ def test_who_says_nothing_takes_no_senders_place(
         open_one = entity.associate("127.0.0.1", node.port, ae_title="MEDMOE")
         assert open_one.is_established
         assert send(node.port, study(2)) == [-1]
-        assert "rejected: max_associations are open" in caplog.text
+        wait_for(lambda: "rejected: max_associations are open" in caplog.text)
         open_one.release()
         wait_for(lambda: send(node.port, study(2)) == [0])
 
@@ -267,7 +314,7 @@ def test_a_pdu_without_end_is_not_waited_for(
                     time.sleep(0.05)
             with contextlib.suppress(ConnectionResetError):
                 assert peer.recv(1) == b""
-        assert "a PDU is too long, or does not come to its end" in caplog.text
+        wait_for(lambda: "a PDU is too long, or does not come to its end" in caplog.text)
         assert send(node.port, study(2)) == [0]
 
 

@@ -78,6 +78,15 @@ def test_yes_and_no_are_chosen_between_and_other_answers_where_they_are_given(
         (GOOD.replace('["Is there effusion?"]', "[]"), "questions.0.ask"),
         (GOOD.replace('"Is there effusion?"', '" "'), "questions.0.ask.0"),
         (GOOD.replace('"SENDER"', '"SENDER", hosts = ["localhost"]'), "peers.0.hosts.0"),
+        *((GOOD + f"host = '{host}'", "host") for host in ("", "a..b", "h" * 64)),
+        (GOOD.replace('"SENDER"', '"SENDER", hosts = []'), "peers.0.hosts"),
+        *((GOOD + f"{name} = true", name) for name in ("keep_days", "reserve_mb", "timeout")),
+        *((GOOD + f"timeout = {value}", "timeout") for value in ("1e12", "inf", "nan", "0")),
+        *((GOOD + f"series.quiet = {value}", "series.quiet") for value in ("1e12", "inf", "-1")),
+        (GOOD + "certainty.probable = nan", "certainty.probable"),
+        (GOOD + "[http]\nhost = 'a..b'", "http.host"),
+        (GOOD + "[[hl7]]\nhost = 'a..b'\nport = 1", "hl7.0.host"),
+        (GOOD + "[[stow]]\nurl = 'https://a..b'", "stow.0"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, run: Run, text: str, what: str) -> None:
@@ -88,6 +97,16 @@ def test_what_is_wrong_is_named(tmp_path: Path, run: Run, text: str, what: str) 
     result = run("listen", "--config", "listen.toml")
     assert result.exit_code == 2
     assert what in two_lines(result)[0]
+
+
+def test_a_key_that_is_there_twice_is_refused_in_json_too(tmp_path: Path) -> None:
+    values = {"folder": "/node", "peers": [{"ae_title": "A"}], "questions": [{"ask": ["q"]}]}
+    path = tmp_path / "listen.JSON"
+    path.write_text(json.dumps(values | {"timeout": 5}))
+    assert load_configuration(path).timeout == 5
+    path.write_text('{"keep_images": true, "keep_images": false, ' + json.dumps(values)[1:])
+    with pytest.raises(InputError, match="'keep_images' is there twice"):
+        load_configuration(path)
 
 
 @pytest.mark.parametrize(

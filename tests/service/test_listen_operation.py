@@ -165,6 +165,9 @@ def test_pages_of_other_sites_reach_nothing(tmp_path: Path) -> None:
             foreign = {"Origin": "http://evil.example"}
             told = httpx.request(method, url + route, headers=foreign, timeout=60)
             assert (told.status_code, told.json()["error"]["code"]) == (403, "wrong_origin")
+        packed = {"Content-Encoding": "gzip"}
+        told = httpx.post(f"{url}/studies", headers=packed, content=b"a", timeout=60)
+        assert (told.status_code, told.json()["error"]["code"]) == (415, "unsupported_encoding")
         for headers in ({}, {"Host": f"localhost:{node.web_port}"}, {"Origin": url}):
             assert get(f"{url}/healthz", headers=headers).status_code == 200
     guarded = {"port": 0, "token_file": str(tokens)}
@@ -172,6 +175,13 @@ def test_pages_of_other_sites_reach_nothing(tmp_path: Path) -> None:
         url = f"http://127.0.0.1:{node.web_port}/healthz"
         assert get(url, headers={"Host": "node.example"}).status_code == 200
         assert get(url, headers={"Origin": "http://evil.example"}).status_code == 403
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
+def test_the_http_port_may_have_an_address_of_ipv6(tmp_path: Path) -> None:
+    http = {"host": "::1", "port": 0}
+    with Node(configuration(tmp_path / "node", http=http), StandIn()) as node:
+        assert get(f"http://[::1]:{node.web_port}/healthz").status_code == 200
 
 
 def test_an_engine_that_hangs_is_not_well(tmp_path: Path) -> None:

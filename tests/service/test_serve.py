@@ -1,6 +1,8 @@
 """The service in this process, over stand-ins: what it answers, refuses, logs and counts."""
 
 import base64
+import contextlib
+import gzip
 import io
 import json
 import logging
@@ -12,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command_line import Run, two_lines
+from command_line import Run, raising, two_lines
 from fastapi import FastAPI
 from PIL import Image as Pillow
 from serving import MODEL, StandIn, app_over, client_of, png, upload, work_over
 from starlette.testclient import TestClient
 
 from medmoe_edge.bedside.audit.log import AuditLog, verify_log
+from medmoe_edge.bedside.serve.errors import Refusal
 from medmoe_edge.bedside.serve.guard import Logins
 from medmoe_edge.bedside.serve.settings import Limits, Settings, read_tokens
 from medmoe_edge.bedside.serve.work import Upload
@@ -289,6 +292,17 @@ def test_broken_forms_are_refused(client: TestClient, content: bytes, kind: str)
     assert "Smith" not in json.dumps(error_of(response, response.status_code))
 
 
+@pytest.mark.parametrize("route", ["/v1/ask", "/v1/chat/completions"])
+def test_a_packed_body_is_refused_as_such(client: TestClient, route: str) -> None:
+    for encoding in ("gzip", "Zstd, gzip"):
+        headers = {"content-encoding": encoding, "content-type": "application/json"}
+        response = client.post(route, content=gzip.compress(b"{}"), headers=headers)
+        assert error_of(response, 415)["code"] == "unsupported_encoding"
+        assert response.headers["accept-encoding"] == "identity"
+    headers = {"content-encoding": "identity"}
+    assert client.post("/v1/ask", data=ASK, files=upload(), headers=headers).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("route", "twice"),
     [("ask", "max_new_tokens"), ("ask", "frame"), ("seen", "frame"), ("picture", "frame")],
@@ -384,6 +398,19 @@ def test_who_guesses_tokens_has_to_wait(caplog: pytest.LogCaptureFixture) -> Non
         assert 0 < int(response.headers["retry-after"]) <= Logins.seconds
         assert client.get("/healthz").status_code == 200
     assert sum("no token, or a wrong one" in text for text in caplog.messages) == Logins.most
+
+
+def test_who_guesses_tokens_has_to_wait_even_where_the_log_cannot_say_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logins = Logins()
+    monkeypatch.setattr(logging.getLogger(Logins.__module__), "handle", raising(OSError(28, "")))
+    for _ in range(Logins.most):
+        logins.check("10.0.0.1")
+        with contextlib.suppress(OSError):
+            logins.failed("10.0.0.1")
+    with pytest.raises(Refusal, match="too many wrong tokens"):
+        logins.check("10.0.0.1")
 
 
 def test_pages_of_named_origins_may_ask() -> None:
@@ -570,6 +597,8 @@ def test_a_poor_token_is_refused(tmp_path: Path, text: bytes) -> None:
 def test_bad_starts_are_two_lines(run: Run, tmp_path: Path) -> None:
     (tmp_path / "open").write_text("0123456789abcdef")
     (tmp_path / "open").chmod(0o644)
+    (tmp_path / "closed").write_text("0123456789abcdef")
+    (tmp_path / "closed").chmod(0o600)
     (tmp_path / "no.pem").write_text("no certificate")
     for arguments, code in (
         (["--host", "0.0.0.0"], 2),
@@ -578,6 +607,7 @@ def test_bad_starts_are_two_lines(run: Run, tmp_path: Path) -> None:
         (["--tls-cert", "no.pem"], 2),
         (["--tls-cert", "no.pem", "--tls-key", "no.pem"], 2),
         (["--port", "70000"], 2),
+        (["--host", "a..b", "--token-file", "closed", "--behind-proxy", "127.0.0.1"], 2),
         (["--model", "nanno"], 3),
     ):
         result = run("serve", *arguments)

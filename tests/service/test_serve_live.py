@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 import trustme
-from command_line import ROOT
-from serving import StandIn, live, png, upload
+from command_line import ROOT, raising
+from serving import StandIn, app_over, live, png, upload
 
 from medmoe_edge.bedside.serve import server as serve_server
 from medmoe_edge.bedside.serve.settings import Limits, Settings
@@ -213,7 +213,16 @@ def test_a_port_that_is_taken_is_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ResourceError, match=f"port {port}"):
-            serve_server.listening(Settings(port=port))
+            serve_server.listening("127.0.0.1", port, "Choose another.")
+
+
+def test_where_nobody_can_be_told_that_it_listens_it_ends_in_order(
+    engine: StandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    untold = raising(OSError(28, "No space left on device"))
+    with pytest.raises(OSError, match="No space"):
+        serve_server.run(app_over(engine), Settings(port=0), untold)
+    assert caplog.text == ""
 
 
 @contextlib.contextmanager
@@ -230,6 +239,15 @@ def served(*options: str, log: Path) -> Iterator[tuple[subprocess.Popen[str], st
         finally:
             process.kill()
             process.wait(20)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_log_that_cannot_be_written_ends_nothing() -> None:
+    with served(log=Path("/dev/full")) as (process, url), client(url) as asker:
+        assert asker.get("/healthz").status_code == 200
+        assert asker.get("/v1/nothing").status_code == 404  # which is logged
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
 
 
 def test_what_was_accepted_is_answered_after_sigterm(tmp_path: Path) -> None:

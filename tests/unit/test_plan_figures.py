@@ -41,6 +41,7 @@ from medmoe_edge.runtimes.costs import (
 )
 from medmoe_edge.runtimes.paging.prediction import budget_bytes
 from medmoe_edge.runtimes.slots.slots import slot_count
+from medmoe_edge.training.recipe import recipe_json
 
 STABLELM, PHI = "med-moe-stablelm-1.6b", "med-moe-phi2-2.7b"
 VOCABULARY = 151_936
@@ -314,6 +315,14 @@ def test_a_wrong_device_file_names_what_is_wrong(
         find_device(str(tmp_path / "panel.toml"))
     assert what in found.value.what
     assert found.value.remedy
+
+
+def test_a_key_that_is_there_twice_in_json_is_refused(tmp_path: Path) -> None:
+    for name, load in (("panel.JSON", find_device), ("recipe.json", recipe_json)):
+        (tmp_path / name).write_text('{"kind": "gpu", "kind": "cpu"}')
+        with pytest.raises(DataError, match=name) as found:
+            load(str(tmp_path / name))
+        assert "'kind' is there twice" in str(found.value)
 
 
 def test_longer_prompts_and_answers_cost_more() -> None:

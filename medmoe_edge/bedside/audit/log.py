@@ -49,7 +49,7 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from medmoe_edge.atomic import atomic_file, sync_folder, writing
-from medmoe_edge.errors import DataError, InputError, ResourceError, unreadable
+from medmoe_edge.errors import DataError, InputError, ResourceError, is_host, unreadable
 
 log = logging.getLogger(__name__)
 GENESIS = "0" * 64
@@ -303,12 +303,12 @@ class AuditLog:
         file.seek(0, os.SEEK_END)
         if holds:
             return True
+        self._missing = kept[1]
         log.error(
             "The audit log has %d entries and not the last one that was written here, %d: "
             "its end was cut off, or it is another log.",
             *(number, kept[0]),
         )
-        self._missing = kept[1]
         return False
 
     @contextlib.contextmanager
@@ -356,9 +356,9 @@ def _last(file: IO[bytes]) -> tuple[int, str]:
             "See: medmoe-edge audit verify; then keep that log, and begin one of another name.",
         )
     if torn:
-        log.warning("The audit log ended in an unfinished line, as after a crash: it is cut off.")
         end -= len(torn)
         file.truncate(end)
+        log.warning("The audit log ended in an unfinished line, as after a crash: it is cut off.")
     file.seek(end)
     if entry is None:
         return 0, GENESIS
@@ -406,7 +406,7 @@ class Collector:
         host, colon, port = place.rpartition(":")
         if not colon or place.endswith("]"):
             host, port = place, str(PORT)
-        if not host.strip("[]") or not port.isdecimal() or not 0 < int(port) < 2**16:
+        if not is_host(host.strip("[]")) or not port.isdecimal() or not 0 < int(port) < 2**16:
             raise InputError(f"{place!r} is not HOST or HOST:PORT.", f"Syslog's is {PORT}.")
         return cls(host.strip("[]"), int(port), **files)
 

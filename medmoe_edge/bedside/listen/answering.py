@@ -192,16 +192,16 @@ class Answering:
             replaced |= {each: self.queue.sources(each) for each in self.queue.results(job.key)}
         if standing := self.queue.sources(result):
             if replaced.keys() <= {result} and self._tells(result, selection):
-                log.info("%s: what came changes nothing.", job.key[:16])
                 self.queue.close_series(job, "answered")
                 self._let_go(job.key)
+                log.info("%s: what came changes nothing.", job.key[:16])
                 return
             replaced[result] = standing
             repeat, result = next(known_by)
         if not selection.slices and not replaced:
-            log.info("%s: nothing of it is to be asked.", job.key[:16])
             self.queue.close_series(job, "aside", "left_out")
             self._let_go(job.key)
+            log.info("%s: nothing of it is to be asked.", job.key[:16])
             return
         for notice in doubts:
             log.warning("%s: %s", job.key[:16], notice.message)
@@ -471,8 +471,8 @@ class Answering:
     def _hl7(self, kind: Document, result: Result) -> bytes | None:
         """Nothing where nobody could tell whose it is."""
         if not result.evidence.values["PatientID"].strip():
-            log.warning("A result has no Patient ID: nothing of it is sent as FHIR or HL7.")
             self.queue.tally("no_subject")
+            log.warning("A result has no Patient ID: nothing of it is sent as FHIR or HL7.")
             return None
         from medmoe_edge.bedside.listen.hl7 import fhir, oru  # half a second to import
 
@@ -528,8 +528,8 @@ class Answering:
 
     def _give_up(self, job: Job, why: str) -> None:
         self.folder.check()  # its images come back with it
-        log.error("%s cannot be answered (%s): given up, and kept.", job.key[:16], why)
         self.queue.close_series(job, "failed", why)
+        log.error("%s cannot be answered (%s): given up, and kept.", job.key[:16], why)
 
 
 def _result_keys(job: Job, selection: Selection, replaced: Iterable[str]) -> Iterator[str]:

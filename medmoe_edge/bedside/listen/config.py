@@ -49,9 +49,9 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 import pydantic
 
 from medmoe_edge.bedside.listen.header import body_parts
-from medmoe_edge.bedside.serve.settings import is_loopback, no_password
+from medmoe_edge.bedside.serve.settings import is_loopback, no_password, plain_address
 from medmoe_edge.engine.answer import choices_of, given_choices
-from medmoe_edge.errors import InputError, ResourceError, unreadable
+from medmoe_edge.errors import InputError, ResourceError, is_host, once, unreadable
 
 Document = Literal[
     "picture", "comprehensive-3d-sr", "basic-text-sr", "heat-map", "fhir-r4", "fhir-r5", "hl7-v2"
@@ -59,7 +59,9 @@ Document = Literal[
 
 # PS3.5, table 6.2-1: no control characters, no backslash, not only spaces; ASCII by default.
 AETitle = Annotated[str, pydantic.Field(pattern=r"^[!-\[\]-~]([ -\[\]-~]{0,14}[!-\[\]-~])?$")]
-Port = Annotated[int, pydantic.Field(ge=1, le=65535)]
+Whole = Annotated[int, pydantic.Strict()]  # else true would be 1
+Seconds = Annotated[float, pydantic.Strict(), pydantic.Field(ge=0, le=366 * 86_400)]
+Port = Annotated[Whole, pydantic.Field(ge=1, le=65535)]
 Question = Annotated[str, pydantic.Field(min_length=1, max_length=1000, pattern=r"\S")]
 
 
@@ -74,6 +76,14 @@ def _named(path: object) -> object:
     return path
 
 
+def _host(name: str) -> str:
+    if not is_host(name):
+        raise ValueError(f"{name!r} is no name or address of a host")
+    return name
+
+
+Host = Annotated[str, pydantic.AfterValidator(_host)]
+Address = Annotated[pydantic.IPvAnyAddress, pydantic.AfterValidator(plain_address)]
 File = Annotated[Path, pydantic.BeforeValidator(_named), pydantic.AfterValidator(_from_home)]
 # Those of BCP 195 (RFC 9325, 4.2) that OpenSSL has below TLS 1.3, whose own are all good.
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
@@ -87,7 +97,7 @@ class Peer(_Part):
     """An application that may send; `hosts` are its addresses as numbers, any where left out."""
 
     ae_title: AETitle
-    hosts: tuple[pydantic.IPvAnyAddress, ...] = ()
+    hosts: tuple[Address, ...] = pydantic.Field((), min_length=1)
 
 
 class Questions(_Part):
@@ -138,8 +148,8 @@ class Certainty(_Part):
     undetermined whether a finding is there.
     """
 
-    probable: float = pydantic.Field(default=0.9, ge=0, le=1)
-    possible: float = pydantic.Field(default=0.5, ge=0, le=1)
+    probable: pydantic.StrictFloat = pydantic.Field(default=0.9, ge=0, le=1)
+    possible: pydantic.StrictFloat = pydantic.Field(default=0.5, ge=0, le=1)
 
 
 class Series(_Part):
@@ -148,16 +158,15 @@ class Series(_Part):
     A series is complete when nothing of it has come for `quiet` seconds, or as soon as it has
     `expected` objects that may be asked about (0: as many instances as the objects say, if they
     do, with those that are set aside). `slices` are the middle one, those that key objects of the
-    study name, `every` so-many-th, or all; several answers are brought together by a vote. For
-    `linger` seconds after its result a series' images are kept, so that a late object is answered
-    together with the others.
+    study name, `every` so-many-th, or all; several answers are brought together by a vote. Images
+    are kept for `linger` seconds after the result, to answer a late object together with them.
     """
 
-    quiet: float = pydantic.Field(default=10.0, ge=0)
-    expected: int = pydantic.Field(default=0, ge=0)
+    quiet: Seconds = 10.0
+    expected: Whole = pydantic.Field(default=0, ge=0)
     slices: Literal["middle", "key", "every", "all"] = "middle"
-    every: int = pydantic.Field(default=10, ge=1)
-    linger: float = pydantic.Field(default=600.0, ge=0)
+    every: Whole = pydantic.Field(default=10, ge=1)
+    linger: Seconds = 600.0
 
 
 class Identifiers(_Part):
@@ -218,8 +227,7 @@ def without_secrets(name: str) -> str:
     if not name.startswith(("http", "stow+http")):
         return name
     parts = urllib.parse.urlsplit(name)
-    host = parts.netloc.rpartition("@")[2]
-    return parts._replace(netloc=host, query="", fragment="").geturl()
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
 class _Remote(_Part):
@@ -239,7 +247,7 @@ class _Remote(_Part):
 
 
 class _Node(_Remote):
-    host: str = pydantic.Field(min_length=1)
+    host: Host
     port: Port
 
 
@@ -265,7 +273,8 @@ class _Web(_Remote):
     token_file: File | None = None
 
     @pydantic.model_validator(mode="after")
-    def _keeps_its_token(self) -> Self:
+    def _has_a_host_and_keeps_its_token(self) -> Self:
+        _host(self.url.host or "")
         if self.token_file and self.url.scheme == "http" and not is_loopback(self.url.host or ""):
             raise ValueError("A token would cross the network unencrypted: write https.")
         return self
@@ -338,8 +347,8 @@ class Log(_Part):
     """A file for the log in place of stderr: `keep` old ones beside it, each of `max_mb`."""
 
     file: File
-    max_mb: int = pydantic.Field(10, ge=1)
-    keep: int = pydantic.Field(5, ge=1)
+    max_mb: Whole = pydantic.Field(10, ge=1)
+    keep: Whole = pydantic.Field(5, ge=1)
 
 
 class Http(_Part):
@@ -348,8 +357,8 @@ class Http(_Part):
     `token_file` is as of `serve`. Others than this machine need a token and TLS.
     """
 
-    host: str = "127.0.0.1"
-    port: int = pydantic.Field(11180, ge=0, le=65535)
+    host: Host = "127.0.0.1"
+    port: Whole = pydantic.Field(11180, ge=0, le=65535)
     token_file: File | None = None
     tls: Tls | None = None
 
@@ -380,15 +389,15 @@ class Configuration(_Part):
     """
 
     ae_title: AETitle = "MEDMOE"
-    host: str = "127.0.0.1"
-    port: int = pydantic.Field(11112, ge=0, le=65535)  # 0: any that is free
+    host: Host = "127.0.0.1"
+    port: Whole = pydantic.Field(11112, ge=0, le=65535)  # 0: any that is free
     tls: Tls | None = None
     http: Http | None = None
     folder: File
     model: str = "nano"
     memory_budget: str | None = None
     drop_pages: bool = False
-    max_new_tokens: int = pydantic.Field(32, ge=1)
+    max_new_tokens: Whole = pydantic.Field(32, ge=1)
     allow_repetition: bool = False
     yes_no: bool = True
     heat_map_model: str = "modality-nano"
@@ -406,12 +415,12 @@ class Configuration(_Part):
     identifiers: Identifiers = Identifiers()
     audit: File | None = None
     log: Log | None = None
-    reserve_mb: int = pydantic.Field(1000, ge=0)
-    quota_mb: int = pydantic.Field(0, ge=0)  # 0: none
-    keep_days: int = pydantic.Field(0, ge=0)  # 0: for good
-    max_object_mb: int = pydantic.Field(1000, ge=1)
-    max_associations: int = pydantic.Field(10, ge=1)
-    timeout: float = pydantic.Field(30.0, gt=0, description="seconds a peer may keep silent")
+    reserve_mb: Whole = pydantic.Field(1000, ge=0)
+    quota_mb: Whole = pydantic.Field(0, ge=0)  # 0: none
+    keep_days: Whole = pydantic.Field(0, ge=0)  # 0: for good
+    max_object_mb: Whole = pydantic.Field(1000, ge=1)
+    max_associations: Whole = pydantic.Field(10, ge=1)
+    timeout: Seconds = pydantic.Field(30.0, gt=0, le=86_400)  # that a peer may keep silent
     allow_burned_in: bool = False
     keep_images: bool = False
 
@@ -479,8 +488,7 @@ class Configuration(_Part):
     def all_documents(self) -> tuple[Document, ...]:
         """The documents to write: those named, and those that a destination takes."""
         needed: list[Document] = list(self.documents)
-        for server in self.fhir:
-            needed.append("fhir-r4" if server.version == "R4" else "fhir-r5")
+        needed += ["fhir-r4" if each.version == "R4" else "fhir-r5" for each in self.fhir]
         if self.hl7:
             needed.append("hl7-v2")
         return tuple(dict.fromkeys(needed))
@@ -511,19 +519,18 @@ def load_configuration(path: Path) -> Configuration:
 
     Raises `InputError` that names the first wrong entry, or choices that cannot be chosen from.
     """
+    kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
     try:
         text = path.read_text("utf-8-sig")
-        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        values = json.loads(text, object_pairs_hook=once) if kind == "JSON" else tomllib.loads(text)
     except OSError as error:
         raise InputError(*unreadable(f"The configuration {path}", error)) from error
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f"The configuration is not {'JSON' if path.suffix == '.json' else 'TOML'}.",
-            str(error) or "Correct it.",
+            f"The configuration is not {kind}.", str(error) or "Correct it."
         ) from error
     try:
-        home = path.parent.resolve()
-        found = Configuration.model_validate(values, context={"home": home})
+        found = Configuration.model_validate(values, context={"home": path.parent.resolve()})
     except pydantic.ValidationError as error:
         raise _explained(error) from error
     for part in found.questions:

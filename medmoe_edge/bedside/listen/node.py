@@ -91,6 +91,7 @@ class Worker(threading.Thread):
         self._stopping, self._awake = threading.Event(), threading.Event()
         self._delayed: dict[str, tuple[float, float]] = {}  # key -> not before, next delay
         self._began: float | None = None  # the job at hand
+        self._told = ""  # why it cannot work
         self._failures = 0  # since the last job that ended well
 
     def wake(self) -> None:
@@ -104,23 +105,29 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         """The thread's life."""
-        told = ""
         while not self._stopping.is_set():
             self._awake.clear()
-            try:
-                self._check()
-                key = self._next()
-                if key is not None:
-                    self._attempt(key)
+            with contextlib.suppress(Exception):  # not even what the log raises ends the thread
+                if self._works():
                     continue
-                self._rest()
-                told = ""
-            except Exception as error:
-                if (why := _why(error)) != told:
-                    log.error("%s cannot work (%s): waiting.", self.name, why)
-                told = why
             self._awake.wait(IDLE)
         self._rest()
+
+    def _works(self) -> bool:
+        """Do what is due now; whether anything was."""
+        try:
+            self._check()
+            if (key := self._next()) is not None:
+                self._attempt(key)
+                return True
+            self._rest()
+            self._told = ""
+        except Exception as error:
+            why, told = _why(error), self._told
+            self._told = why
+            if why != told:
+                log.error("%s cannot work (%s): waiting.", self.name, why)
+        return False
 
     def _next(self) -> str | None:
         """The key to do now; one more than the delayed are asked for, so that a new one is seen."""
@@ -143,9 +150,9 @@ class Worker(threading.Thread):
         except Exception as error:
             _, delay = self._delayed.get(key, (0.0, self._first_delay))
             self._delayed[key] = time.monotonic() + delay, min(2 * delay, LONGEST_DELAY)
+            self._failures += 1
             told = (self.name, key[:16], _why(error), delay)
             log.warning("%s: %s failed (%s), again in %.0f s.", *told)
-            self._failures += 1
             if self._failures >= MANY:
                 self._stopping.wait(self._first_delay * 2 ** min(self._failures - MANY, 6))
         finally:
@@ -348,7 +355,7 @@ class WebServer:
         with needs("serve"):
             import uvicorn
 
-            from medmoe_edge.bedside.serve.server import QUIET
+            from medmoe_edge.bedside.serve.server import QUIET, listening
         self._tokens = read_tokens(settings.token_file) if settings.token_file else {}
         self._node = node
         self._uploads = threading.Semaphore(MOST_UPLOADS)
@@ -362,13 +369,7 @@ class WebServer:
         config.load()
         if settings.tls is not None:
             config.ssl = settings.tls.server()
-        try:
-            self._socket = socket.create_server((settings.host, settings.port))
-        except OSError as error:
-            raise ResourceError(
-                f"The node's HTTP port cannot be had ({error.strerror or type(error).__name__}).",
-                "Configure another under [http].",
-            ) from error
+        self._socket = listening(settings.host, settings.port, "Configure another under [http].")
         self.port = int(self._socket.getsockname()[1])
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(
@@ -402,15 +403,16 @@ class WebServer:
         )
 
     def _of_this_site(self, app: "Starlette", *, is_local: bool) -> "ASGIApp":
-        """The app, closed to what pages of other sites send, as the service is."""
+        """The app, closed to pages of other sites and to packed bodies, as the service is."""
         from starlette.datastructures import Headers
 
         from medmoe_edge.bedside.serve.errors import Refusal
-        from medmoe_edge.bedside.serve.guard import check_site
+        from medmoe_edge.bedside.serve.guard import check_encoding, check_site
 
         async def checked(scope: "Scope", receive: "Receive", send: "Send") -> None:
             try:
                 check_site(Headers(scope=scope), is_local=is_local)
+                check_encoding(Headers(scope=scope))
             except Refusal as refused:
                 await refused.response()(scope, receive, send)
             else:

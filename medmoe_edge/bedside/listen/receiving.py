@@ -53,6 +53,7 @@ from medmoe_edge.bedside.listen.selection import (
     register,
     shown_uid,
 )
+from medmoe_edge.bedside.serve.settings import plain_address
 from medmoe_edge.errors import MedMoEError, MissingDependencyError, ResourceError
 from medmoe_edge.image.dicom_container import deflated_meta
 from medmoe_edge.image.dicom_pixels import can_decode
@@ -93,8 +94,8 @@ class Limits:
                 return data
             data += part
         if len(data) < size:
-            log.warning("A connection was closed: a PDU is too long, or does not come to its end.")
             _hang_up(association)
+            log.warning("A connection was closed: a PDU is too long, or does not come to its end.")
             raise ConnectionAbortedError
         return data
 
@@ -104,8 +105,8 @@ class Limits:
         total = self._received.get(association, 0) + len(event.data)
         self._received[association] = total
         if total > self._size:
-            log.warning("A connection was closed: its object is larger than allowed.")
             _hang_up(association)
+            log.warning("A connection was closed: its object is larger than allowed.")
 
     def _message(self, event: Event) -> None:
         """A message is whole: the next begins."""
@@ -199,9 +200,8 @@ class Receiving:
         self.configuration, self.folder, self.queue = configuration, folder, queue
         self.arrived = arrived
         self.moved: dict[int, Callable[[int, str], None]] = {}
-        self.ending = (
-            False  # the node: what is not kept from now on is fetched after its next start
-        )
+        # the node: what is not kept from now on is fetched after its next start
+        self.ending = False
         self._admitted, self._admitting = weakref.WeakSet[Association](), threading.Lock()
         self._keeping = threading.Lock()  # or two that send one object could spoil each other's
         self.images, self.others = set(classes_with_pixels()), set(classes_set_aside())
@@ -210,22 +210,24 @@ class Receiving:
     def requested(self, event: Event) -> None:
         """Reject an association that is not to be, and say in the log why: senders may not."""
         association = event.assoc
-        found = self._rejection(association)
-        if found is None:
-            self._support_private(association)
-            return
+        try:
+            if (found := self._rejection(association)) is None:
+                self._support_private(association)
+                return
+        except Exception as error:  # after which pynetdicom would let it in
+            found = f"it cannot be judged ({type(error).__name__})", 2, 1, 1
         why, *reason = found
-        log.warning("An association was rejected: %s.", why)
+        association.is_rejected = True  # even where its sender cannot be told so
         association.acse.send_reject(*reason)
         association.kill()
+        log.warning("An association was rejected: %s.", why)
 
     def _rejection(self, association: Association) -> tuple[str, int, int, int] | None:
         """Why one is rejected, and the same as PS3.8 table 9-21 has it: result, source, reason."""
         asked, requestor = association.requestor.primitive, association.requestor
         assert asked is not None  # what this event is about
         title = str(asked.calling_ae_title).strip()
-        address = ipaddress.ip_address(requestor.address)
-        address = getattr(address, "ipv4_mapped", None) or address  # on a port for both
+        address = plain_address(ipaddress.ip_address(requestor.address))
         known = (each for each in self.configuration.peers if each.ae_title == title)
         if not any(not each.hosts or address in each.hosts for each in known):
             return "its AE title or address is not on the list", 1, 1, 3
@@ -303,10 +305,10 @@ class Receiving:
         else:
             self.arrived()
             return SUCCESS, ""
-        level = logging.ERROR if status == OUT_OF_RESOURCES else logging.WARNING
-        log.log(level, "An object was refused (0x%04X): %s", status, why)
         with contextlib.suppress(ResourceError):
             self.queue.tally("refused")
+        level = logging.ERROR if status == OUT_OF_RESOURCES else logging.WARNING
+        log.log(level, "An object was refused (0x%04X): %s", status, why)
         return status, why
 
     def _store(self, event: Event) -> None:
@@ -381,11 +383,10 @@ class Receiving:
         So does what comes back after it was sent as one of another series meanwhile.
         """
         versions = self.queue.versions(origin.uid)
-        same = [place for place, (_, at) in enumerate(versions) if at.content == origin.content]
+        same = [known for known, at in versions if at.content == origin.content]
         if same:
-            known, _ = versions[same[-1]]
             returned = key_of(f"{origin.uid} {origin.content} {len(versions)}")
-            return returned if self.queue.has_moved(known) else known
+            return returned if self.queue.has_moved(same[-1]) else same[-1]
         if self.queue.state(origin.uid) is None:
             return origin.uid
         if not versions and self.queue.sha256(origin.uid) == hashlib.sha256(data).hexdigest():
@@ -399,12 +400,14 @@ class Receiving:
         try:
             self.folder.picture(item.key)
             asked = self.configuration.questions_for(modality_of(header), body_parts_of(header))
-            self._tell_of_others(item.key, item.origin)
+            contradictions = list(self._contradictions(item.key, item.origin))
             self._add(item, asked)
             kept = True
         finally:  # those that were given up are kept to be looked at
             if not kept and self.queue.state(item.key) != "failed":
                 path.unlink(missing_ok=True)
+        for each in contradictions:
+            log.warning("%s: %s", item.key[:16], each)
 
     def _add(self, item: Taken, asked: Sequence[str], why: str = "") -> None:
         digest = hashlib.sha256(item.data).hexdigest()
@@ -430,19 +433,18 @@ class Receiving:
             " and ".join(known) or ("unknown" if body_parts_of(header) else "not given"),
         )
 
-    def _tell_of_others(self, key: str, origin: Origin) -> None:
-        """Say in the log where an object contradicts those that came before."""
+    def _contradictions(self, key: str, origin: Origin) -> Iterator[str]:
+        """What an object says otherwise than those that came before."""
         known = [each for _, each in self.queue.versions(origin.uid)]
         if not all(same_patient(each.patient, origin.patient) for each in known):
-            log.warning(
-                "%s: sent again in the name of another patient. It is answered anew; the results "
-                "that were made for the other are withdrawn, and made anew of what is left.",
-                key[:16],
+            yield (
+                "sent again in the name of another patient. It is answered anew; the results "
+                "that were made for the other are withdrawn, and made anew of what is left."
             )
         elif key != origin.uid:
-            log.warning("%s: sent again with other content. It is answered anew.", key[:16])
+            yield "sent again with other content. It is answered anew."
         if self.queue.shares_study(origin):
-            log.warning("%s: its Study Instance UID is another patient's too.", key[:16])
+            yield "its Study Instance UID is another patient's too."
 
     def _judge(self, header: Dataset, announced: tuple[str, str] | None) -> None:
         """Whether it is what was announced, or else of a class and encoding that are taken."""

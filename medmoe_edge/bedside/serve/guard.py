@@ -173,10 +173,10 @@ class Logins:
 
     def failed(self, address: str) -> None:
         """A token was wrong."""
-        log.warning("A request from %s had no token, or a wrong one.", address)
         self._failed.setdefault(address, deque()).append(time.monotonic())
         while len(self._failed) > self.addresses:  # the oldest are forgotten
             del self._failed[next(iter(self._failed))]
+        log.warning("A request from %s had no token, or a wrong one.", address)
 
 
 LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
@@ -233,10 +233,10 @@ class Guard:
             pass
         except Exception as error:
             refused = refusal(error)
-            if refused.code == "unexpected":  # its text might quote what was sent
-                log.error("Unexpected error (%s in %s).", type(error).__name__, _where(error))
             if status == 499:
                 await refused.response()(scope, receive, tell)
+            if refused.code == "unexpected":  # its text might quote what was sent
+                log.error("Unexpected error (%s in %s).", type(error).__name__, _where(error))
         finally:
             seconds = time.perf_counter() - started
             route = _route(scope)
@@ -261,6 +261,7 @@ class Guard:
                 *(400, "unsupported_parameter", "What follows a ? in the address is not read."),
                 "Send it in the body; see /openapi.json.",
             )
+        check_encoding(headers)
         limits = self._settings.limits
         self._slots.check(client)  # before anything is sent for nothing
         async with Body(receive, limits, headers, self._uploads) as body:
@@ -301,6 +302,14 @@ def check_site(headers: Headers, *, is_local: bool, origins: Collection[str] = (
     if origin is not None and origin not in origins and origin.partition("://")[2] != host:
         what = "Pages of other sites may not ask."
         raise Refusal(403, "wrong_origin", what, "Use the page of this service itself.")
+
+
+def check_encoding(headers: Headers) -> None:
+    """Refuse a body that would first have to be unpacked, to whatever size. Raises `Refusal`."""
+    if headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
+        what = "A body with a Content-Encoding, such as gzip, is not taken."
+        hint = "Send it as it is, without that header."
+        raise Refusal(415, "unsupported_encoding", what, hint, {"Accept-Encoding": "identity"})
 
 
 def _name(host: str) -> str:

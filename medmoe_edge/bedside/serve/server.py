@@ -233,7 +233,7 @@ def run(app: FastAPI, settings: Settings, ready: Callable[[str], None]) -> None:
     `ready` is called with the URL once requests are taken. Raises `ResourceError` where it cannot
     listen, and `KeyboardInterrupt` after a SIGINT.
     """
-    with listening(settings) as listener:
+    with listening(settings.host, settings.port, "Choose another --host or --port.") as listener:
         server = Server(app, settings, lambda: ready(url_of(settings, listener)))
         before = signal.signal(
             signal.SIGTERM, lambda *_: None
@@ -242,10 +242,14 @@ def run(app: FastAPI, settings: Settings, ready: Callable[[str], None]) -> None:
             server.run([listener])
         finally:
             signal.signal(signal.SIGTERM, before)
+    if server.failure is not None:
+        raise server.failure
 
 
 class Server(uvicorn.Server):
-    """Uvicorn as this service needs it."""
+    """Uvicorn as this service needs it; `failure` is why nobody could be told that it listens."""
+
+    failure: BaseException | None = None
 
     def __init__(self, app: FastAPI, settings: Settings, ready: Callable[[], None]) -> None:
         limits, self._ready = settings.limits, ready
@@ -262,23 +266,27 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say so."""
-        await super().startup(sockets)
-        self._ready()
+    async def main_loop(self) -> None:
+        """Say that it listens, and go on; where that cannot be said, end as at any other time."""
+        try:
+            self._ready()
+        except (Exception, SystemExit) as error:
+            self.failure = error
+        else:
+            await super().main_loop()
 
 
-def listening(settings: Settings) -> socket.socket:
+def listening(host: str, port: int, remedy: str) -> socket.socket:
     """A socket that listens; raises `ResourceError` where the address cannot be had."""
     try:
         family, _, _, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         return socket.create_server(address[:2], family=family)
     except OSError as error:
+        why = error.strerror or type(error).__name__
         raise ResourceError(
-            f"Nothing can listen on {settings.host}, port {settings.port} ({error.strerror}).",
-            "Choose another --host or --port.",
+            f"Nothing can listen on {host}, port {port} ({why}).", remedy
         ) from error
 
 

@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from medmoe_edge.errors import InputError, unreadable
+from medmoe_edge.errors import InputError, is_host, unreadable
 from medmoe_edge.image.pixels import MAX_PIXELS
 from medmoe_edge.image.worker import Bounds
 
 TOKEN = re.compile(r"[!-~]{16,1024}")  # visible ASCII, and long enough not to be guessed
 NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)  # of a token, as the audit log has it
 ORIGIN = re.compile(r"https?://[\w.-]+(:\d+)?|https?://\[[0-9a-f:]+\](:\d+)?", re.ASCII)
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 MAX_TOKENS = 2**20  # bytes of their file
 
 
@@ -70,6 +71,8 @@ class Settings:
     cors_origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not is_host(self.host):
+            raise InputError(f"{self.host!r} is no host.", "Give the name or address of one.")
         if not self.tokens and not (self.is_local and self.proxy is None):
             where = "Through a proxy" if self.is_local else f"On {self.host}"
             raise InputError(
@@ -163,6 +166,12 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def plain_address(address: IPAddress) -> IPAddress:
+    """An address of IPv4 as such, also where IPv6 has mapped it: a port for both says it so."""
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address
 
 
 def no_password() -> str:
