@@ -484,9 +484,8 @@ def _report(error: Exception, as_json: bool) -> int:
         remedy, code = "Run again with --verbose to see where, and report it.", 1
         error_code = "unexpected"
     _fail(as_json, error_code, what, remedy)
-    with contextlib.suppress(OSError):  # where stderr itself is what failed
-        render.show(what, "red", stderr=True)
-        render.show(remedy, stderr=True)
+    render.show(what, "red", stderr=True)
+    render.show(remedy, stderr=True)
     return code
 
 

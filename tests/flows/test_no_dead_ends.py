@@ -203,8 +203,9 @@ def test_a_terminal_of_an_impossible_size_shows_everything(size: str) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_stderr_changes_no_exit_code() -> None:
     with Path("/dev/full").open("w") as full:
-        options = {"stdout": subprocess.PIPE, "stderr": full, "capture_output": False}
-        result = start("ask", "no.png", "Is it?", "--json", **options)
+        options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": full}
+        line = ("ask", "no.png", "Is it?", "--json")
+        result = start(*line, capture_output=False, **options)
     assert result.returncode == 2
     assert json.loads(result.stdout)["error"]["code"] == "bad_image"
 

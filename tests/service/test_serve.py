@@ -202,17 +202,18 @@ def test_a_service_whose_audit_log_was_moved_away_with_its_folder_is_not_ready(
     folder = tmp_path / "logs"
     folder.mkdir()
     log = AuditLog(folder / "audit.jsonl")
-    entry = {"who": "", "event": "", "question": "", "answer": "", "input_sha256": ""}
-    log.append(model={}, **entry)
+    texts = ("who", "event", "question", "answer", "input_sha256")
+    entry: dict[str, Any] = {"model": {}, **dict.fromkeys(texts, "")}
+    log.append(**entry)
     with client_of(app_over(StandIn(), audit=log)) as client:
         folder.rename(tmp_path / "away")
         assert error_of(client.get("/readyz"), 503)["code"] == "no_resources"
         with pytest.raises(ResourceError, match="its folder is gone"):
-            log.append(model={}, **entry)
+            log.append(**entry)
         assert not folder.exists()
         (tmp_path / "away").rename(folder)
         assert client.get("/readyz").status_code == 200
-        log.append(model={}, **entry)
+        log.append(**entry)
     assert verify_log(log.path).entries == 2
 
 

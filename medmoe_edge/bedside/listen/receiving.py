@@ -200,8 +200,7 @@ class Receiving:
         self.configuration, self.folder, self.queue = configuration, folder, queue
         self.arrived = arrived
         self.moved: dict[int, Callable[[int, str], None]] = {}
-        # the node: what is not kept from now on is fetched after its next start
-        self.ending = False
+        self.ending = False  # the node: what is not kept now is fetched after its next start
         self._admitted, self._admitting = weakref.WeakSet[Association](), threading.Lock()
         self._keeping = threading.Lock()  # or two that send one object could spoil each other's
         self.images, self.others = set(classes_with_pixels()), set(classes_set_aside())
@@ -298,8 +297,8 @@ class Receiving:
         except (OSError, MemoryError) as error:
             status, why = OUT_OF_RESOURCES, f"no room for it ({type(error).__name__})"
         except MedMoEError as error:
-            is_ours = isinstance(error, ResourceError)
-            status, why = OUT_OF_RESOURCES if is_ours else CANNOT_UNDERSTAND, error.what
+            full = isinstance(error, ResourceError)
+            status, why = OUT_OF_RESOURCES if full else CANNOT_UNDERSTAND, error.what
         except Exception as error:  # whatever a peer's bytes may still provoke
             status, why = CANNOT_UNDERSTAND, f"it is damaged ({type(error).__name__})"
         else:
@@ -373,9 +372,8 @@ class Receiving:
 
     def _lacks(self, key: str, series: str) -> bool:
         """Whether an object of a series that waits is to be asked, and its image is gone."""
-        if self.queue.state(key) != "waiting" or self.folder.image(key).exists():
-            return False
-        return key in {each.key for each in self.queue.slices(series)}
+        is_here = self.queue.state(key) != "waiting" or self.folder.image(key).exists()
+        return not is_here and key in {each.key for each in self.queue.slices(series)}
 
     def _key(self, origin: Origin, data: bytes) -> str:
         """By which an object is known; sent again with other content, it gets one of its own.
@@ -410,8 +408,8 @@ class Receiving:
             log.warning("%s: %s", item.key[:16], each)
 
     def _add(self, item: Taken, asked: Sequence[str], why: str = "") -> None:
-        digest = hashlib.sha256(item.data).hexdigest()
-        self.queue.add(item.key, digest, item.peer, asked, item.origin, item.membership, why)
+        own = (item.key, hashlib.sha256(item.data).hexdigest(), item.peer)
+        self.queue.add(*own, asked, item.origin, item.membership, why)
         self.folder.check()  # or its row and its image may lie apart
 
     def _tell_aside(self, item: Taken, why: str) -> None:
