@@ -372,8 +372,8 @@ class Receiving:
 
     def _lacks(self, key: str, series: str) -> bool:
         """Whether an object of a series that waits is to be asked, and its image is gone."""
-        is_here = self.queue.state(key) != "waiting" or self.folder.image(key).exists()
-        return not is_here and key in {each.key for each in self.queue.slices(series)}
+        is_gone = self.queue.state(key) == "waiting" and not self.folder.image(key).exists()
+        return is_gone and key in {each.key for each in self.queue.slices(series)}
 
     def _key(self, origin: Origin, data: bytes) -> str:
         """By which an object is known; sent again with other content, it gets one of its own.
