@@ -54,8 +54,10 @@ def _in_our_words(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
-        except (OSError, MemoryError) as error:
-            raise system_error(error) from error
+        except Exception as error:
+            if found := system_error(error):
+                raise found from error
+            raise
 
     return call
 

@@ -183,12 +183,45 @@ def of_machine(what: str, error: BaseException | None) -> ResourceError | None:
     )
 
 
-def system_error(error: OSError | MemoryError) -> MedMoEError:
-    """What the system refused, as one of our errors."""
-    if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
-        return ResourceError("There is not enough memory.", "Close other programs and try again.")
+# How libraries tell that the system gave no memory, or no thread: their errors have no number.
+_NO_MEMORY = ("bad_alloc", "Failed to allocate", "Cannot allocate memory", "failed to map segment")
+_NO_THREAD = ("can't start new thread", "pthread_create", os.strerror(errno.EAGAIN))
+CLOSE = "Close other programs and try again."
+
+
+def refused(what: str, error: BaseException, remedy: str = CLOSE) -> ResourceError | None:
+    """The error to raise where the machine refused a library what it needs, by the words it uses.
+
+    Args:
+        what: What was opened, such as "decoder.onnx"; it may be empty.
+        error: Whatever was raised.
+        remedy: What to do where memory is missing.
+
+    Returns:
+        An error, or None for any other reason.
+    """
+    text, wanted = str(error), f" for {what}" if what else ""
+    if isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY):
+        return ResourceError(f"There is not enough memory{wanted}.", remedy)
+    if any(words in text for words in _NO_THREAD):
+        return ResourceError(
+            f"The system starts no further thread or process{wanted}.",
+            "Close other programs, or raise its limits (ulimit -u and -v), and try again.",
+        )
+    if "procfs" in text:
+        return ResourceError(f"There is no /proc, which is needed{wanted}.", "Mount it first.")
+    number = next((each for each in OF_MACHINE if os.strerror(each) in text), None)
+    return None if number is None else of_machine(what or "A file", OSError(number, text))
+
+
+def system_error(error: Exception) -> MedMoEError | None:
+    """What the system refused, as one of our errors; None for what is none of its refusals."""
+    if isinstance(error, MedMoEError):
+        return None
+    if not isinstance(error, OSError):
+        return refused("", error)
     name = str(error.filename or "A file")
-    return of_machine(name, error) or InputError(*unreadable(name, error))
+    return of_machine(name, error) or refused("", error) or InputError(*unreadable(name, error))
 
 
 _WORDS: dict[Any, str] = {

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from medmoe_edge._types import Floats
 from medmoe_edge.config import ModelConfig, MoEConfig
-from medmoe_edge.errors import BundleError, Notice, of_machine
+from medmoe_edge.errors import BundleError, Notice, refused
 from medmoe_edge.prompt import Tokenizer
 
 CacheArray = npt.NDArray[np.floating[Any]]
@@ -332,7 +332,7 @@ class EmbeddingTable:
             self._table = np.load(path, mmap_mode="r", allow_pickle=False)
             self._file = os.open(path, os.O_RDONLY)
         except (OSError, EOFError, ValueError) as error:
-            raise (of_machine(str(path), error) or _damaged(path)) from error
+            raise (refused(str(path), error) or _damaged(path)) from error
         weakref.finalize(self, os.close, self._file)
 
     def __getitem__(self, ids: Sequence[int]) -> Floats:

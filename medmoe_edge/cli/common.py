@@ -427,8 +427,7 @@ def _report(error: Exception, as_json: bool) -> int:
         error_code = ""
         if log.isEnabledFor(logging.DEBUG):
             traceback.print_exception(error)
-    if isinstance(error, OSError | MemoryError):
-        error = system_error(error)
+    error = system_error(error) or error
     if isinstance(error, MedMoEError):
         what, remedy, code = error.what, error.remedy, error.exit_code
         error_code = error_code or error.code
