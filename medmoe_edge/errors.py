@@ -24,6 +24,7 @@ import errno
 import numbers
 import os
 import re
+import stat
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -181,6 +182,42 @@ def of_machine(what: str, error: BaseException | None) -> ResourceError | None:
         f"{what} cannot be used now: {os.strerror(number).lower()}.",
         "The machine is at fault, not the file: close other programs, check its disk, try again.",
     )
+
+
+E = typing.TypeVar("E", bound=MedMoEError)
+_CLOSED = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.EFBIG, errno.ELOOP}
+
+
+def of_file(what: str, error: BaseException, other: E) -> ResourceError | E:
+    """The error to raise for a model's file: the machine's fault, one like `other`, or `other`.
+
+    What may not be opened is not damaged, as `other` says it is: it keeps that kind alone.
+    """
+    if isinstance(error, OSError) and error.errno in _CLOSED:
+        return type(other)(*unreadable(what, error))
+    return of_machine(what, error) or other
+
+
+MOST_TEXT = 64 * 10**6  # bytes: an index of the largest checkpoints has a few million
+
+
+def regular(path: Path) -> os.stat_result:
+    """Of a file; raises `OSError` for a pipe or a device, reading which might never end."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return found
+
+
+def read_small(path: Path) -> bytes:
+    """A file of text beside a model's weights; raises `OSError`, also where it is too large."""
+    regular(path)
+    with path.open("rb") as file:
+        content = file.read(MOST_TEXT + 1)
+    if len(content) > MOST_TEXT:
+        what = f"it has more than {MOST_TEXT // 10**6} million bytes"
+        raise OSError(errno.EFBIG, what, str(path))
+    return content
 
 
 # How libraries tell that the system gave no memory, or no thread: their errors have no number.

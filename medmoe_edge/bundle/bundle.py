@@ -43,7 +43,9 @@ from medmoe_edge.errors import (
     Notice,
     ResourceError,
     VerificationError,
-    of_machine,
+    of_file,
+    read_small,
+    regular,
 )
 
 TargetName = Literal["onnxruntime", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt"]
@@ -237,11 +239,11 @@ class AnyBundle(Generic[C]):
         """Raise `BundleError` unless a file has the size and the hash that the manifest tells."""
         path, entry = self.folder / name, self.manifest["files"][name]
         try:
-            intact = path.stat().st_size == entry["bytes"] and _hashes_to(path, entry["sha256"])
+            intact = regular(path).st_size == entry["bytes"] and _hashes_to(path, entry["sha256"])
         except OSError as error:
             what = f"{path} cannot be read ({error.strerror})."
             gone = BundleError(what, "Copy or export the bundle again.")
-            raise (of_machine(str(path), error) or gone) from error
+            raise of_file(str(path), error, gone) from error
         if not intact:
             raise BundleError(
                 f"{path} was changed or is incomplete: it does not match the manifest.",
@@ -305,7 +307,7 @@ def model_kind(folder: Path) -> Kind:
     if (folder / MANIFEST).exists():
         return manifest_kind(_parse(folder, _read(folder / MANIFEST)))
     try:
-        kind = json.loads((folder / "config.json").read_bytes())["model_type"]
+        kind = json.loads(read_small(folder / "config.json"))["model_type"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return Bundle.kind  # whoever reads it says what is wrong
     return "modality-moe" if kind == "modality-moe" else Bundle.kind
@@ -438,11 +440,11 @@ def _store(folder: Path, manifest: Mapping[str, Any]) -> str:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_small(path)
     except OSError as error:
         what = f"{path} cannot be read ({error.strerror})."
         missing = BundleError(what, "Give a bundle folder, made by: medmoe-edge export")
-        raise (of_machine(str(path), error) or missing) from error
+        raise of_file(str(path), error, missing) from error
 
 
 def _parse(folder: Path, text: bytes) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from medmoe_edge.atomic import atomic_file, file_sha256
-from medmoe_edge.errors import BundleError, InputError, needs, unreadable
+from medmoe_edge.errors import BundleError, InputError, needs, read_small, unreadable
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import (
@@ -72,7 +72,7 @@ def check_signature(folder: Path, manifest: bytes) -> None:
         return
     keys = list(_trusted_keys())
     try:
-        signature = (folder / SIGNATURE).read_bytes()
+        signature = read_small(folder / SIGNATURE)
     except OSError as error:
         raise BundleError(
             f"{folder} is not signed, and {TRUSTED_KEYS} asks for a signature.", SIGN_IT

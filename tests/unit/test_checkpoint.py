@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -33,7 +34,13 @@ from medmoe_edge.checkpoint.keys import expected_parameters, official_name
 from medmoe_edge.checkpoint.reader import import_router, read_checkpoint, write_checkpoint
 from medmoe_edge.checkpoint.tensors import StoredTensor
 from medmoe_edge.config import DecoderConfig, ModelConfig, MoEConfig
-from medmoe_edge.errors import CheckpointError, ConfigError, InputError, ResourceError
+from medmoe_edge.errors import (
+    MOST_TEXT,
+    CheckpointError,
+    ConfigError,
+    InputError,
+    ResourceError,
+)
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.training.initialise import random_tensors
@@ -850,6 +857,40 @@ def test_pickled_weights_are_never_loaded(folder: Path) -> None:
 def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(CheckpointError, match=name):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", [SHARD, "config.json", "model.safetensors.index.json"])
+def test_a_file_that_may_not_be_read_is_not_to_be_downloaded_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    real = Path.open
+
+    def closed(path: Path, *more: Any, **options: Any) -> Any:  # root may read everything
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *more, **options)
+
+    monkeypatch.setattr(Path, "open", closed)
+    with pytest.raises(CheckpointError, match=rf"{name} cannot be opened: permission") as caught:
+        read_checkpoint(folder)
+    assert caught.value.remedy == "Check the path and its permissions."
+
+
+@pytest.mark.parametrize("name", [SHARD, "config.json", "model.safetensors.index.json"])
+def test_what_would_never_be_read_to_its_end_is_refused(folder: Path, name: str) -> None:
+    """A pipe that nobody writes to, which would be waited for, and a device without an end."""
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        (folder / name).unlink()
+        make(folder / name)
+        with pytest.raises(CheckpointError, match=rf"{name} cannot be opened: it is no regular"):
+            read_checkpoint(folder)
+
+
+def test_json_that_is_too_large_is_not_read(folder: Path) -> None:
+    with (folder / "config.json").open("ab") as file:
+        file.truncate(MOST_TEXT + 1)
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be .* more than 64 million bytes"):
         read_checkpoint(folder)
 
 
