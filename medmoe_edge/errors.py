@@ -258,6 +258,11 @@ def system_error(error: Exception) -> MedMoEError | None:
     if not isinstance(error, OSError):
         return refused("", error)
     name = str(error.filename or "A file")
+    if error.errno in (errno.EROFS, errno.EFBIG):  # nobody who reads is told so
+        return ResourceError(
+            f"{name} cannot be written ({os.strerror(error.errno)}).",
+            "Free some space, check its permissions, or write elsewhere.",
+        )
     return of_machine(name, error) or refused("", error) or InputError(*unreadable(name, error))
 
 

@@ -95,6 +95,11 @@ def test_shell_completion_knows_the_verbs() -> None:
         ),
         (OSError("strange"), 2, "A file cannot be opened: unknown reason."),
         (MemoryError(), 5, "There is not enough memory."),
+        (
+            OSError(errno.EROFS, "Read-only file system", "a"),
+            5,
+            "a cannot be written (Read-only file system).",
+        ),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), 5, "There is not enough memory."),
         (
             ImportError("ort.so: failed to map segment from shared object"),
