@@ -31,10 +31,11 @@ from medmoe_edge.archive.store import (
     new_vectors,
     read_header,
     read_vectors,
+    refusal,
     unwritable,
     using,
 )
-from medmoe_edge.atomic import file_sha256
+from medmoe_edge.atomic import file_sha256, writing
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.contrastive.engine import ModalityEngine
 from medmoe_edge.contrastive.features import unit
@@ -67,26 +68,25 @@ class ArchiveWriter:
     def __init__(
         self, folder: Path, model: Mapping[str, str], size: int, root: Path, *, force: bool = False
     ) -> None:
+        self._made, self._begun = not folder.exists(), False
         if not (folder / DATABASE).exists():
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise InputError(
                     f"{folder} exists and is no index.", "Choose another name with -o."
                 )
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # for its owner alone
+            with writing(folder):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # for its owner alone
         self.folder, self._changed = folder, False
         self._header = Header(
             FORMAT, model["name"], model["sha256"], size, os.fsencode(root), "", ""
         )
         self._stack = contextlib.ExitStack()
-        with using(folder):
-            try:
-                self._open(force)
-            except sqlite3.DatabaseError as error:
-                if not force or error.sqlite_errorcode & 0xFF not in DAMAGED:
-                    raise
-                for name in (DATABASE, f"{DATABASE}-journal"):
-                    (folder / name).unlink(missing_ok=True)
-                self._open(force)
+        try:
+            with using(folder):
+                self._open_or_replace(force)
+        except BaseException:
+            self._stack.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -140,18 +140,42 @@ class ArchiveWriter:
             marks = ", ".join("?" * len(self._header))
             self._database.execute(f"INSERT INTO header VALUES ({marks})", self._header)
             self._database.execute("COMMIT")
-            self._changed = False
+            self._changed = self._begun = False
             self._database.execute("BEGIN IMMEDIATE")
             if read_header(self._database) != self._header:  # another was faster
                 raise busy(self.folder)
             self._tidy()
 
+    def _open_or_replace(self, force: bool) -> None:
+        try:
+            self._open(force)
+        except sqlite3.DatabaseError as error:
+            if not force or error.sqlite_errorcode & 0xFF not in DAMAGED:
+                raise
+            self._stack.close()
+            for name in (DATABASE, f"{DATABASE}-journal"):
+                (self.folder / name).unlink(missing_ok=True)
+            self._open(force)
+
     def _open(self, force: bool) -> None:
-        with contextlib.ExitStack() as stack:
-            self._database = stack.enter_context(contextlib.closing(connect(self.folder)))
-            self._database.execute("BEGIN IMMEDIATE")
-            self._begin(force)
-            self._stack = stack.pop_all()
+        self._database = self._stack.enter_context(contextlib.closing(connect(self.folder)))
+        self._stack.callback(self._undo)
+        self._database.execute("BEGIN IMMEDIATE")
+        database = self.folder / DATABASE
+        if not database.exists():  # whoever held it has undone what it had begun
+            raise busy(self.folder)
+        self._begun = not database.stat().st_size
+        self._begin(force)
+
+    def _undo(self) -> None:
+        """Remove an index of which nothing was committed, while nobody else may write to it."""
+        # the journal first: another database would take it over
+        begun = (f"{DATABASE}-journal", DATABASE, self._header.vectors or DATABASE)
+        with contextlib.suppress(OSError):  # Windows keeps what is open
+            for name in begun if self._begun else ():
+                (self.folder / name).unlink(missing_ok=True)
+            if self._made:
+                self.folder.rmdir()  # unless something is in it
 
     def _begin(self, force: bool) -> None:
         header = None if force else read_header(self._database)
@@ -177,8 +201,10 @@ class ArchiveWriter:
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else None
+            found = unwritable(self.folder, reason) if reason else refusal(self.folder)
             path.unlink(missing_ok=True)
-            raise unwritable(self.folder) from error
+            raise found from error
         self._header = self._header._replace(vectors=path.name, vectors_sha256=file_sha256(path))
 
     def _tidy(self) -> None:

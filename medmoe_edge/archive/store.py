@@ -10,8 +10,10 @@ An index derives from patients' images and is as confidential: its folder is for
 
 import contextlib
 import dataclasses
+import errno
 import os
 import sqlite3
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +30,15 @@ from medmoe_edge.atomic import file_sha256
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.contrastive.engine import ModalityEngine
 from medmoe_edge.contrastive.features import Reading, unit
-from medmoe_edge.errors import ImageError, InputError, ResourceError, Told
+from medmoe_edge.errors import (
+    ImageError,
+    InputError,
+    MedMoEError,
+    ResourceError,
+    Told,
+    of_machine,
+    unreadable,
+)
 from medmoe_edge.image.loading import load_image, preprocess
 
 Vector = npt.NDArray[np.float32]
@@ -123,12 +133,12 @@ def using(folder: Path) -> Iterator[None]:
         match getattr(error, "sqlite_errorcode", 0) & 0xFF:  # the kind, without its details
             case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
                 raise busy(folder) from None
+            case sqlite3.SQLITE_FULL:
+                raise unwritable(folder, os.strerror(errno.ENOSPC)) from error
             case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM:
-                raise InputError(
-                    f"The index {folder} may not be written.", "Check its permissions."
-                ) from error
-            case sqlite3.SQLITE_FULL | sqlite3.SQLITE_IOERR:
-                raise unwritable(folder) from error
+                raise refusal(folder) from error
+            case sqlite3.SQLITE_IOERR:
+                raise refusal(folder) from error
         raise damaged(folder) from error
     except (FileNotFoundError, TypeError, ValueError, OverflowError) as error:
         raise damaged(folder) from error
@@ -152,10 +162,30 @@ def busy(folder: Path) -> InputError:
     )
 
 
-def unwritable(folder: Path) -> ResourceError:
+def refusal(folder: Path) -> MedMoEError:
+    """The error for a database that the system refused, by trying the same: SQLite tells no reason.
+
+    It writes beside the database, too.
+    """
+    try:
+        with contextlib.suppress(FileNotFoundError), (folder / DATABASE).open("rb"):
+            pass
+    except OSError as error:
+        what = f"The index {folder}"
+        return of_machine(what, error) or InputError(*unreadable(what, error))
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file, (folder / DATABASE).open("ab"):
+            file.write(bytes(2**16))
+            file.flush()
+    except OSError as error:
+        return of_machine(f"The index {folder}", error) or unwritable(folder, error.strerror)
+    return unwritable(folder)
+
+
+def unwritable(folder: Path, reason: str | None = None) -> ResourceError:
     """The error for a disk that does not take an index."""
     return ResourceError(
-        f"The index {folder} cannot be written.",
+        f"The index {folder} cannot be written{f' ({reason})' if reason else ''}.",
         "Free some space, check its permissions, or write elsewhere.",
     )
 
