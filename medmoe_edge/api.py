@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 from medmoe_edge._types import Progress, no_progress
 from medmoe_edge.atomic import check_apart
 from medmoe_edge.bundle.bundle import model_kind
+from medmoe_edge.bundle.machine import system_error
 from medmoe_edge.embedded import EMBEDDED, bundle_path, checkpoint_path
-from medmoe_edge.errors import InputError, check_all, checked, needs, system_error
+from medmoe_edge.errors import InputError, check_all, checked, needs
 from medmoe_edge.families import AnswerScores, check_calibratable, family_of
 from medmoe_edge.pipeline import (
     CalibrateOptions,

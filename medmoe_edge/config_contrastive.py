@@ -11,8 +11,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from medmoe_edge.bundle.trust import read_small
 from medmoe_edge.config import Config, check_pixels, later
-from medmoe_edge.errors import ConfigError, Notice, of_file, read_small
+from medmoe_edge.errors import ConfigError, Notice, of_file
 
 MODALITIES = ("xray", "ct", "mri", "ultrasound", "pathology", "fundus")  # the paper's class order
 PUBLISHED_GRID = 16  # regions a side that the authors' code pools an image into

@@ -24,7 +24,6 @@ import errno
 import numbers
 import os
 import re
-import stat
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -196,74 +195,6 @@ def of_file(what: str, error: BaseException, other: E) -> ResourceError | E:
     if isinstance(error, OSError) and error.errno in _CLOSED:
         return type(other)(*unreadable(what, error))
     return of_machine(what, error) or other
-
-
-MOST_TEXT = 64 * 10**6  # bytes: an index of the largest checkpoints has a few million
-
-
-def regular(path: Path) -> os.stat_result:
-    """Of a file; raises `OSError` for a pipe or a device, reading which might never end."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
-    return found
-
-
-def read_small(path: Path) -> bytes:
-    """A file of text beside a model's weights; raises `OSError`, also where it is too large."""
-    regular(path)
-    with path.open("rb") as file:
-        content = file.read(MOST_TEXT + 1)
-    if len(content) > MOST_TEXT:
-        what = f"it has more than {MOST_TEXT // 10**6} million bytes"
-        raise OSError(errno.EFBIG, what, str(path))
-    return content
-
-
-# How libraries tell that the system gave no memory, or no thread: their errors have no number.
-_NO_MEMORY = ("bad_alloc", "Failed to allocate", "Cannot allocate memory", "failed to map segment")
-_NO_THREAD = ("can't start new thread", "pthread_create", os.strerror(errno.EAGAIN))
-CLOSE = "Close other programs and try again."
-
-
-def refused(what: str, error: BaseException, remedy: str = CLOSE) -> ResourceError | None:
-    """The error to raise where the machine refused a library what it needs, by the words it uses.
-
-    Args:
-        what: What was opened, such as "decoder.onnx"; it may be empty.
-        error: Whatever was raised.
-        remedy: What to do where memory is missing.
-
-    Returns:
-        An error, or None for any other reason.
-    """
-    text, wanted = str(error), f" for {what}" if what else ""
-    if isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY):
-        return ResourceError(f"There is not enough memory{wanted}.", remedy)
-    if any(words in text for words in _NO_THREAD):
-        return ResourceError(
-            f"The system starts no further thread or process{wanted}.",
-            "Close other programs, or raise its limits (ulimit -u and -v), and try again.",
-        )
-    if "procfs" in text:
-        return ResourceError(f"There is no /proc, which is needed{wanted}.", "Mount it first.")
-    number = next((each for each in OF_MACHINE if os.strerror(each) in text), None)
-    return None if number is None else of_machine(what or "A file", OSError(number, text))
-
-
-def system_error(error: Exception) -> MedMoEError | None:
-    """What the system refused, as one of our errors; None for what is none of its refusals."""
-    if isinstance(error, MedMoEError):
-        return None
-    if not isinstance(error, OSError):
-        return refused("", error)
-    name = str(error.filename or "A file")
-    if error.errno in (errno.EROFS, errno.EFBIG):  # nobody who reads is told so
-        return ResourceError(
-            f"{name} cannot be written ({os.strerror(error.errno)}).",
-            "Free some space, check its permissions, or write elsewhere.",
-        )
-    return of_machine(name, error) or refused("", error) or InputError(*unreadable(name, error))
 
 
 _WORDS: dict[Any, str] = {

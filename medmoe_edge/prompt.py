@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 
 from medmoe_edge._types import Floats
 from medmoe_edge.config import Refusal, RefusalCode
-from medmoe_edge.errors import InputError, ModelError, Notice, of_file, regular
+from medmoe_edge.errors import InputError, ModelError, Notice, of_file
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -45,7 +45,8 @@ class Tokenizer:
     def from_file(cls, path: Path) -> "Tokenizer":
         """Read `tokenizer.json`; raises `ModelError` where it is missing or malformed."""
         try:
-            regular(path)
+            if not path.is_file():  # a pipe might be read for ever
+                raise FileNotFoundError(path)
             backend = Backend.from_file(str(path))
         except Exception as error:  # the Rust binding raises bare Exception
             what = f"The tokenizer {path.name}"

@@ -32,6 +32,7 @@ from medmoe_edge.archive.store import (
     read_header,
     read_vectors,
     refusal,
+    undo,
     unwritable,
     using,
 )
@@ -47,7 +48,7 @@ from medmoe_edge.errors import (
     Told,
     of_machine,
 )
-from medmoe_edge.image.loading import load_image, preprocess
+from medmoe_edge.image.loading import files_below, load_image, preprocess
 from medmoe_edge.image.pixels import Image, pick_frame
 
 DAMAGED = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT}
@@ -68,7 +69,7 @@ class ArchiveWriter:
     def __init__(
         self, folder: Path, model: Mapping[str, str], size: int, root: Path, *, force: bool = False
     ) -> None:
-        self._made, self._begun = not folder.exists(), False
+        there, self._begun = folder.exists(), False
         if not (folder / DATABASE).exists():
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise InputError(
@@ -80,13 +81,19 @@ class ArchiveWriter:
         self._header = Header(
             FORMAT, model["name"], model["sha256"], size, os.fsencode(root), "", ""
         )
-        self._stack = contextlib.ExitStack()
-        try:
-            with using(folder):
-                self._open_or_replace(force)
-        except BaseException:
-            self._stack.close()
-            raise
+        with contextlib.ExitStack() as self._stack, using(folder):
+            if not there:
+                self._stack.callback(_remove_empty, folder)
+            try:
+                self._open(force)
+            except sqlite3.DatabaseError as error:
+                if not force or error.sqlite_errorcode & 0xFF not in DAMAGED:
+                    raise
+                self._stack.close()
+                for name in (DATABASE, f"{DATABASE}-journal"):
+                    (folder / name).unlink(missing_ok=True)
+                self._open(force)
+            self._stack = self._stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -146,17 +153,6 @@ class ArchiveWriter:
                 raise busy(self.folder)
             self._tidy()
 
-    def _open_or_replace(self, force: bool) -> None:
-        try:
-            self._open(force)
-        except sqlite3.DatabaseError as error:
-            if not force or error.sqlite_errorcode & 0xFF not in DAMAGED:
-                raise
-            self._stack.close()
-            for name in (DATABASE, f"{DATABASE}-journal"):
-                (self.folder / name).unlink(missing_ok=True)
-            self._open(force)
-
     def _open(self, force: bool) -> None:
         self._database = self._stack.enter_context(contextlib.closing(connect(self.folder)))
         self._stack.callback(self._undo)
@@ -168,14 +164,8 @@ class ArchiveWriter:
         self._begin(force)
 
     def _undo(self) -> None:
-        """Remove an index of which nothing was committed, while nobody else may write to it."""
-        # the journal first: another database would take it over
-        begun = (f"{DATABASE}-journal", DATABASE, self._header.vectors or DATABASE)
-        with contextlib.suppress(OSError):  # Windows keeps what is open
-            for name in begun if self._begun else ():
-                (self.folder / name).unlink(missing_ok=True)
-            if self._made:
-                self.folder.rmdir()  # unless something is in it
+        if self._begun:
+            undo(self.folder, self._header.vectors)
 
     def _begin(self, force: bool) -> None:
         header = None if force else read_header(self._database)
@@ -213,6 +203,11 @@ class ArchiveWriter:
             if path.name != self._header.vectors:
                 with contextlib.suppress(OSError):  # Windows keeps what a reader has mapped
                     path.unlink()
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # something is in it
+        folder.rmdir()
 
 
 PART = 500  # images embedded between commits: what an interrupted run may lose
@@ -260,7 +255,7 @@ def index_folder(
     """
     started = time.perf_counter()
     root, index = Path(folder).resolve(), Path(index)
-    files, skipped = _files(root, index.resolve())
+    files, skipped = files_below(root, index.resolve())
     model = {"name": engine.name, "sha256": engine.sha256}
     with ArchiveWriter(index, model, engine.config.size, root, force=force) as writer:
         work = _Work(root, engine, writer, skipped)
@@ -343,34 +338,3 @@ class _Work:
         features = self.engine.embed_images(preprocess(picture, config.vision))
         modality = config.modalities[int(features.router_logits[0].argmax())]
         return unit(features.pooled[0]), modality
-
-
-def _files(root: Path, index: Path) -> tuple[list[str], list[str]]:
-    """All files below `root` in order, and what folders cannot be read, as paths below it.
-
-    Hidden ones and the index are left out.
-    """
-    if not root.is_dir():
-        raise InputError(f"There is no folder {str(root)!r}.", "Give a folder of images.")
-    files: list[str] = []
-    unread: list[str] = []
-
-    def skip(error: OSError) -> None:
-        below = os.path.relpath(error.filename, root)
-        if trouble := of_machine(below, error):
-            raise trouble from error
-        if below == os.curdir:  # all that is indexed would count as gone
-            raise error
-        unread.append(below)
-
-    for parent, folders, names in os.walk(root, onerror=skip):
-        folders[:] = [
-            name for name in folders if not name.startswith(".") and Path(parent, name) != index
-        ]
-        below = os.path.relpath(parent, root)
-        files += [
-            os.path.normpath(os.path.join(below, name))
-            for name in names
-            if not name.startswith(".")
-        ]
-    return sorted(files), unread

@@ -13,7 +13,6 @@ import dataclasses
 import errno
 import os
 import sqlite3
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,17 +27,10 @@ from usearch.index import Index
 
 from medmoe_edge.atomic import file_sha256
 from medmoe_edge.bundle.bundle import NOTICE
+from medmoe_edge.bundle.machine import tried
 from medmoe_edge.contrastive.engine import ModalityEngine
 from medmoe_edge.contrastive.features import Reading, unit
-from medmoe_edge.errors import (
-    ImageError,
-    InputError,
-    MedMoEError,
-    ResourceError,
-    Told,
-    of_machine,
-    unreadable,
-)
+from medmoe_edge.errors import ImageError, InputError, ResourceError, Told, of_machine
 from medmoe_edge.image.loading import load_image, preprocess
 
 Vector = npt.NDArray[np.float32]
@@ -46,6 +38,10 @@ DATABASE = "archive.sqlite"
 VECTORS = "vectors-*.usearch"
 FORMAT = 1
 AGAIN = "Make it anew: medmoe-edge index FOLDER --force"
+REFUSED = {
+    *(sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM),
+    sqlite3.SQLITE_IOERR,
+}
 
 SCHEMA = """
 DROP TABLE IF EXISTS header;
@@ -135,9 +131,7 @@ def using(folder: Path) -> Iterator[None]:
                 raise busy(folder) from None
             case sqlite3.SQLITE_FULL:
                 raise unwritable(folder, os.strerror(errno.ENOSPC)) from error
-            case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM:
-                raise refusal(folder) from error
-            case sqlite3.SQLITE_IOERR:
+            case kind if kind in REFUSED:
                 raise refusal(folder) from error
         raise damaged(folder) from error
     except (FileNotFoundError, TypeError, ValueError, OverflowError) as error:
@@ -162,24 +156,22 @@ def busy(folder: Path) -> InputError:
     )
 
 
-def refusal(folder: Path) -> MedMoEError:
-    """The error for a database that the system refused, by trying the same: SQLite tells no reason.
+def refusal(folder: Path) -> ResourceError:
+    """The error for a database that the system refused, with the reason that SQLite does not tell.
 
-    It writes beside the database, too.
+    `tried` finds it.
     """
-    try:
-        with contextlib.suppress(FileNotFoundError), (folder / DATABASE).open("rb"):
-            pass
-    except OSError as error:
-        what = f"The index {folder}"
-        return of_machine(what, error) or InputError(*unreadable(what, error))
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file, (folder / DATABASE).open("ab"):
-            file.write(bytes(2**16))
-            file.flush()
-    except OSError as error:
-        return of_machine(f"The index {folder}", error) or unwritable(folder, error.strerror)
-    return unwritable(folder)
+    error = tried(folder / DATABASE)
+    found = of_machine(f"The index {folder}", error)
+    return found or unwritable(folder, error.strerror if error else None)
+
+
+def undo(folder: Path, vectors: str) -> None:
+    """Remove an index of which nothing was committed, while nobody else may write to it."""
+    # the journal first: another database would take it over
+    with contextlib.suppress(OSError):  # Windows keeps what is open
+        for name in (f"{DATABASE}-journal", DATABASE, vectors or DATABASE):
+            (folder / name).unlink(missing_ok=True)
 
 
 def unwritable(folder: Path, reason: str | None = None) -> ResourceError:

@@ -44,8 +44,6 @@ from medmoe_edge.errors import (
     ResourceError,
     VerificationError,
     of_file,
-    read_small,
-    regular,
 )
 
 TargetName = Literal["onnxruntime", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt"]
@@ -239,7 +237,8 @@ class AnyBundle(Generic[C]):
         """Raise `BundleError` unless a file has the size and the hash that the manifest tells."""
         path, entry = self.folder / name, self.manifest["files"][name]
         try:
-            intact = regular(path).st_size == entry["bytes"] and _hashes_to(path, entry["sha256"])
+            same = path.stat().st_size == entry["bytes"] and path.is_file()
+            intact = same and _hashes_to(path, entry["sha256"])
         except OSError as error:
             what = f"{path} cannot be read ({error.strerror})."
             gone = BundleError(what, "Copy or export the bundle again.")
@@ -307,7 +306,7 @@ def model_kind(folder: Path) -> Kind:
     if (folder / MANIFEST).exists():
         return manifest_kind(_parse(folder, _read(folder / MANIFEST)))
     try:
-        kind = json.loads(read_small(folder / "config.json"))["model_type"]
+        kind = json.loads(trust.read_small(folder / "config.json"))["model_type"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return Bundle.kind  # whoever reads it says what is wrong
     return "modality-moe" if kind == "modality-moe" else Bundle.kind
@@ -440,7 +439,10 @@ def _store(folder: Path, manifest: Mapping[str, Any]) -> str:
 
 def _read(path: Path) -> bytes:
     try:
-        return read_small(path)
+        if path.is_file():  # here, as each start reads it; what is too long is cut, and so damaged
+            with path.open("rb") as file:
+                return file.read(trust.MOST_TEXT)
+        return trust.read_small(path)  # which says why not
     except OSError as error:
         what = f"{path} cannot be read ({error.strerror})."
         missing = BundleError(what, "Give a bundle folder, made by: medmoe-edge export")

@@ -16,9 +16,12 @@ was hashed last; its `ctime` is set by every write and by no user. A file that w
 very seconds before it was hashed is not trusted, since a later write could leave the same times
 (git's index has the same rule, and calls such files racy). What the disk itself loses goes
 unnoticed until the record is removed; of an expert, until it is paged in.
+
+What might never end, a pipe or a device in the place of a model's file, is not read.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -30,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from medmoe_edge.atomic import atomic_file, file_sha256
-from medmoe_edge.errors import BundleError, InputError, needs, read_small, unreadable
+from medmoe_edge.errors import BundleError, InputError, needs, unreadable
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import (
@@ -235,3 +238,25 @@ def _read_record(record: Path) -> object:
     with contextlib.suppress(OSError, ValueError):
         return json.loads(record.read_bytes())
     return None
+
+
+MOST_TEXT = 64 * 10**6  # bytes: an index of the largest checkpoints has a few million
+
+
+def regular(path: Path) -> os.stat_result:
+    """Of a file; raises `OSError` for a pipe or a device, reading which might never end."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return found
+
+
+def read_small(path: Path) -> bytes:
+    """A file of text beside a model's weights; raises `OSError`, also where it is too large."""
+    regular(path)
+    with path.open("rb") as file:
+        content = file.read(MOST_TEXT + 1)
+    if len(content) > MOST_TEXT:
+        what = f"it has more than {MOST_TEXT // 10**6} million bytes"
+        raise OSError(errno.EFBIG, what, str(path))
+    return content

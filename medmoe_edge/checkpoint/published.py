@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from medmoe_edge.atomic import file_sha256
 from medmoe_edge.bundle.bundle import MANIFEST
-from medmoe_edge.bundle.trust import SIGNATURE
-from medmoe_edge.errors import CheckpointError, InputError, of_file, read_small
+from medmoe_edge.bundle.trust import SIGNATURE, read_small
+from medmoe_edge.errors import CheckpointError, InputError, of_file
 
 RECORD = "pulled.json"
 CONFIG = "config.json"

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from medmoe_edge.atomic import atomic_folder
+from medmoe_edge.bundle.trust import read_small, regular
 from medmoe_edge.checkpoint.config import official_config
 from medmoe_edge.checkpoint.keys import (
     FUSED,
@@ -32,14 +33,7 @@ from medmoe_edge.checkpoint.keys import (
     with_qwen,
 )
 from medmoe_edge.config import ModelConfig
-from medmoe_edge.errors import (
-    CheckpointError,
-    ResourceError,
-    of_file,
-    read_small,
-    regular,
-    shown_bytes,
-)
+from medmoe_edge.errors import CheckpointError, ResourceError, of_file, shown_bytes
 
 INDEX_FILE = "model.safetensors.index.json"
 

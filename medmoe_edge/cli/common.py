@@ -26,9 +26,10 @@ import typer
 from typer.core import TyperGroup
 
 from medmoe_edge._version import __version__
+from medmoe_edge.bundle.machine import system_error
 from medmoe_edge.cli import INTERRUPTED, TERMINATED, interruption
 from medmoe_edge.embedded import EMBEDDED
-from medmoe_edge.errors import InputError, MedMoEError, did_you_mean, system_error
+from medmoe_edge.errors import InputError, MedMoEError, did_you_mean
 from medmoe_edge.render import console as render
 
 log = logging.getLogger("medmoe_edge")

@@ -33,11 +33,17 @@ import onnxruntime as ort
 from medmoe_edge._types import Floats
 from medmoe_edge._version import too_old
 from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.bundle.machine import Arithmetic, cpu_features_here, keep_one_heap
+from medmoe_edge.bundle.machine import (
+    CLOSE,
+    Arithmetic,
+    cpu_features_here,
+    keep_one_heap,
+    refused,
+)
 from medmoe_edge.bundle.recorded import check_scales, int8_products
 from medmoe_edge.calibration.quantisers import PAIR_BOUND
 from medmoe_edge.config import DecoderConfig, Device
-from medmoe_edge.errors import CLOSE, BundleError, MedMoEError, Notice, ResourceError, refused
+from medmoe_edge.errors import BundleError, MedMoEError, Notice, ResourceError
 from medmoe_edge.runtimes.base import Cache, CacheArray, EmbeddingTable, Step, check_room, in_parts
 
 WIDTH, CHANNELS = 8, 16

@@ -208,14 +208,25 @@ def test_a_file_that_may_not_be_read_is_not_to_be_exported_again(
     refused(folder, rf"{name} cannot be opened: permission denied. Check the path and its perm")
 
 
+def make_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def make_endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
 @pytest.mark.parametrize("name", [MANIFEST, "tokenizer.json"])
-def test_what_would_never_be_read_to_its_end_is_refused(folder: Path, name: str) -> None:
-    """A pipe that nobody writes to, which would be waited for, and a device without an end."""
-    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
-        (folder / name).unlink()
-        make(folder / name)
-        refused(folder, rf"{name} cannot be opened: it is no regular file.")
-    with pytest.raises(ModelError, match="no regular file"):
+@pytest.mark.parametrize("make", [make_pipe, make_endless])
+def test_what_would_never_be_read_to_its_end_is_refused(
+    folder: Path, make: Callable[[Path], None], name: str
+) -> None:
+    """A pipe that nobody writes to would be waited for."""
+    (folder / name).unlink()
+    make(folder / name)
+    what = "cannot be opened: it is no regular file" if name == MANIFEST else "was changed"
+    refused(folder, rf"{name} {what}")
+    with pytest.raises(ModelError, match=r"no regular file|The tokenizer tokenizer\.json cannot"):
         model_kind(folder) if name == MANIFEST else Tokenizer.from_file(folder / name)
 
 

@@ -11,7 +11,7 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,13 @@ from transformers import (
     StableLmForCausalLM,
 )
 
+from medmoe_edge.bundle.trust import MOST_TEXT
 from medmoe_edge.checkpoint.config import CLIP_L_14_336, model_config, official_config
 from medmoe_edge.checkpoint.keys import expected_parameters, official_name
 from medmoe_edge.checkpoint.reader import import_router, read_checkpoint, write_checkpoint
 from medmoe_edge.checkpoint.tensors import StoredTensor
 from medmoe_edge.config import DecoderConfig, ModelConfig, MoEConfig
 from medmoe_edge.errors import (
-    MOST_TEXT,
     CheckpointError,
     ConfigError,
     InputError,
@@ -877,20 +877,30 @@ def test_a_file_that_may_not_be_read_is_not_to_be_downloaded_again(
     assert caught.value.remedy == "Check the path and its permissions."
 
 
+def make_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def make_endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
 @pytest.mark.parametrize("name", [SHARD, "config.json", "model.safetensors.index.json"])
-def test_what_would_never_be_read_to_its_end_is_refused(folder: Path, name: str) -> None:
-    """A pipe that nobody writes to, which would be waited for, and a device without an end."""
-    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
-        (folder / name).unlink()
-        make(folder / name)
-        with pytest.raises(CheckpointError, match=rf"{name} cannot be opened: it is no regular"):
-            read_checkpoint(folder)
+@pytest.mark.parametrize("make", [make_pipe, make_endless])
+def test_what_would_never_be_read_to_its_end_is_refused(
+    folder: Path, make: Callable[[Path], None], name: str
+) -> None:
+    """A pipe that nobody writes to would be waited for."""
+    (folder / name).unlink()
+    make(folder / name)
+    with pytest.raises(CheckpointError, match=rf"{name} cannot be opened: it is no regular"):
+        read_checkpoint(folder)
 
 
 def test_json_that_is_too_large_is_not_read(folder: Path) -> None:
     with (folder / "config.json").open("ab") as file:
         file.truncate(MOST_TEXT + 1)
-    with pytest.raises(CheckpointError, match=r"config\.json cannot be .* more than 64 million bytes"):
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be .* 64 million bytes"):
         read_checkpoint(folder)
 
 
