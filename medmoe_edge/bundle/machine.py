@@ -1,5 +1,4 @@
-"""This machine: what its processor computes with, on which a proof holds, its memory, and what it
-refuses."""
+"""This machine: its processor, on which a proof holds, its memory, and what it refuses."""
 
 import contextlib
 import ctypes
