@@ -1,7 +1,7 @@
-"""Types that the whole package shares; each is defined here once."""
+"""Types and small functions that the whole package shares; each is defined here once."""
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,3 +30,12 @@ def there(value: T | None) -> T:
     """A value that is never missing where it is asked for, though its type allows for that."""
     assert value is not None
     return value
+
+
+def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for `json.loads`; raises `ValueError` for a key that is there twice."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name!r} is there twice in one object: leave one of them")
+    return dict(pairs)

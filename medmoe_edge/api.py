@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 from medmoe_edge._types import Progress, no_progress
 from medmoe_edge.atomic import check_apart
 from medmoe_edge.bundle.bundle import model_kind
+from medmoe_edge.bundle.machine import system_error
 from medmoe_edge.embedded import EMBEDDED, bundle_path, checkpoint_path
-from medmoe_edge.errors import InputError, check_all, checked, needs, system_error
+from medmoe_edge.errors import InputError, check_all, checked, needs
 from medmoe_edge.families import AnswerScores, check_calibratable, family_of
 from medmoe_edge.pipeline import (
     CalibrateOptions,
@@ -54,8 +55,10 @@ def _in_our_words(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
-        except (OSError, MemoryError) as error:
-            raise system_error(error) from error
+        except Exception as error:
+            if found := system_error(error):
+                raise found from error
+            raise
 
     return call
 

@@ -1,4 +1,4 @@
-"""A folder, a file or a safetensors file that appears whole or not at all; hashes of files."""
+"""Files that appear whole or not at all, as folders do; their hashes, and what of them is read."""
 
 import contextlib
 import errno
@@ -8,17 +8,39 @@ import math
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from medmoe_edge.errors import InputError, ResourceError
 
+MOST_TEXT = 64 * 10**6  # bytes: an index of the largest checkpoints has a few million
+
 
 def file_sha256(path: Path) -> str:
     """The hash of a file's bytes, in hexadecimal; raises `OSError`."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def regular(path: Path) -> os.stat_result:
+    """Of a file; raises `OSError` for a pipe or a device, reading which might never end."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return found
+
+
+def read_small(path: Path) -> bytes:
+    """A file of text beside a model's weights; raises `OSError`, also where it is too large."""
+    regular(path)
+    with path.open("rb") as file:
+        content = file.read(MOST_TEXT + 1)
+    if len(content) > MOST_TEXT:
+        what = f"it has more than {MOST_TEXT // 10**6} million bytes"
+        raise OSError(errno.EFBIG, what, str(path))
+    return content
 
 
 @contextlib.contextmanager

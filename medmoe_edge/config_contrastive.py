@@ -11,8 +11,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from medmoe_edge.atomic import read_small
 from medmoe_edge.config import Config, check_pixels, later
-from medmoe_edge.errors import ConfigError, Notice, of_machine
+from medmoe_edge.errors import ConfigError, Notice, of_file
 
 MODALITIES = ("xray", "ct", "mri", "ultrasound", "pathology", "fundus")  # the paper's class order
 PUBLISHED_GRID = 16  # regions a side that the authors' code pools an image into
@@ -213,8 +214,8 @@ def read_scores(checkpoint: Path) -> Scores:
     if not path.exists():
         return Scores()
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(read_small(path))
     except (OSError, ValueError, RecursionError) as error:
         damaged = ConfigError(f"{path} cannot be read.", "Train or copy the model again.")
-        raise (of_machine(str(path), error) or damaged) from error
+        raise of_file(str(path), error, damaged) from error
     return Scores.from_json(data, SCORES)

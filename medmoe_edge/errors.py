@@ -183,12 +183,18 @@ def of_machine(what: str, error: BaseException | None) -> ResourceError | None:
     )
 
 
-def system_error(error: OSError | MemoryError) -> MedMoEError:
-    """What the system refused, as one of our errors."""
-    if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
-        return ResourceError("There is not enough memory.", "Close other programs and try again.")
-    name = str(error.filename or "A file")
-    return of_machine(name, error) or InputError(*unreadable(name, error))
+E = typing.TypeVar("E", bound=MedMoEError)
+_CLOSED = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.EFBIG, errno.ELOOP}
+
+
+def of_file(what: str, error: BaseException, other: E) -> ResourceError | E:
+    """The error to raise for a model's file: the machine's fault, one like `other`, or `other`.
+
+    What may not be opened is not damaged, as `other` says it is: it keeps that kind alone.
+    """
+    if isinstance(error, OSError) and error.errno in _CLOSED:
+        return type(other)(*unreadable(what, error))
+    return of_machine(what, error) or other
 
 
 _WORDS: dict[Any, str] = {
@@ -276,15 +282,6 @@ def is_host(name: str) -> bool:
         return bool(name.encode("idna"))
     except UnicodeError:
         return False
-
-
-def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, for `json.loads`; raises `ValueError` for a key that is there twice."""
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{name!r} is there twice in one object: leave one of them")
-    return dict(pairs)
 
 
 def shown_bytes(count: float) -> str:

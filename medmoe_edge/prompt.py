@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 
 from medmoe_edge._types import Floats
 from medmoe_edge.config import Refusal, RefusalCode
-from medmoe_edge.errors import InputError, ModelError, Notice
+from medmoe_edge.errors import InputError, ModelError, Notice, of_file
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -45,11 +45,13 @@ class Tokenizer:
     def from_file(cls, path: Path) -> "Tokenizer":
         """Read `tokenizer.json`; raises `ModelError` where it is missing or malformed."""
         try:
+            if not path.is_file():  # a pipe might be read for ever
+                raise FileNotFoundError(path)
             backend = Backend.from_file(str(path))
         except Exception as error:  # the Rust binding raises bare Exception
-            raise ModelError(
-                f"The tokenizer {path.name} cannot be read.", "Export or copy the model again."
-            ) from error
+            what = f"The tokenizer {path.name}"
+            other = ModelError(f"{what} cannot be read.", "Export or copy the model again.")
+            raise of_file(what, error, other) from error
         backend.encode_special_tokens = True  # typed in a question, the end token is mere text
         # What training last asked for stays in the file; transformers sets both anew at each call.
         backend.no_truncation()

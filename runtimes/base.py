@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge._types import Floats
+from medmoe_edge.bundle.machine import refused
 from medmoe_edge.config import ModelConfig, MoEConfig
-from medmoe_edge.errors import BundleError, Notice, of_machine
+from medmoe_edge.errors import BundleError, Notice
 from medmoe_edge.prompt import Tokenizer
 
 CacheArray = npt.NDArray[np.floating[Any]]
@@ -321,10 +322,7 @@ def in_parts(embeds: Floats, at_once: int, run: Callable[[Floats], Step]) -> Ste
 
 
 class EmbeddingTable:
-    """Rows `[V, D]` of an `.npy` file, which stays open until the table is collected.
-
-    Raises `BundleError` for a file that is not one.
-    """
+    """Rows `[V, D]` of an `.npy` file, which stays open; raises `BundleError` for another file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -332,7 +330,7 @@ class EmbeddingTable:
             self._table = np.load(path, mmap_mode="r", allow_pickle=False)
             self._file = os.open(path, os.O_RDONLY)
         except (OSError, EOFError, ValueError) as error:
-            raise (of_machine(str(path), error) or _damaged(path)) from error
+            raise (refused(str(path), error) or _damaged(path)) from error
         weakref.finalize(self, os.close, self._file)
 
     def __getitem__(self, ids: Sequence[int]) -> Floats:

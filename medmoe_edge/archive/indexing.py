@@ -31,10 +31,12 @@ from medmoe_edge.archive.store import (
     new_vectors,
     read_header,
     read_vectors,
+    refusal,
+    undo,
     unwritable,
     using,
 )
-from medmoe_edge.atomic import file_sha256
+from medmoe_edge.atomic import file_sha256, writing
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.contrastive.engine import ModalityEngine
 from medmoe_edge.contrastive.features import unit
@@ -46,7 +48,7 @@ from medmoe_edge.errors import (
     Told,
     of_machine,
 )
-from medmoe_edge.image.loading import load_image, preprocess
+from medmoe_edge.image.loading import files_below, load_image, preprocess
 from medmoe_edge.image.pixels import Image, pick_frame
 
 DAMAGED = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT}
@@ -67,26 +69,31 @@ class ArchiveWriter:
     def __init__(
         self, folder: Path, model: Mapping[str, str], size: int, root: Path, *, force: bool = False
     ) -> None:
+        there, self._begun = folder.exists(), False
         if not (folder / DATABASE).exists():
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise InputError(
                     f"{folder} exists and is no index.", "Choose another name with -o."
                 )
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # for its owner alone
+            with writing(folder):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # for its owner alone
         self.folder, self._changed = folder, False
         self._header = Header(
             FORMAT, model["name"], model["sha256"], size, os.fsencode(root), "", ""
         )
-        self._stack = contextlib.ExitStack()
-        with using(folder):
+        with contextlib.ExitStack() as self._stack, using(folder):
+            if not there:
+                self._stack.callback(_remove_empty, folder)
             try:
                 self._open(force)
             except sqlite3.DatabaseError as error:
                 if not force or error.sqlite_errorcode & 0xFF not in DAMAGED:
                     raise
+                self._stack.close()
                 for name in (DATABASE, f"{DATABASE}-journal"):
                     (folder / name).unlink(missing_ok=True)
                 self._open(force)
+            self._stack = self._stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -140,18 +147,25 @@ class ArchiveWriter:
             marks = ", ".join("?" * len(self._header))
             self._database.execute(f"INSERT INTO header VALUES ({marks})", self._header)
             self._database.execute("COMMIT")
-            self._changed = False
+            self._changed = self._begun = False
             self._database.execute("BEGIN IMMEDIATE")
             if read_header(self._database) != self._header:  # another was faster
                 raise busy(self.folder)
             self._tidy()
 
     def _open(self, force: bool) -> None:
-        with contextlib.ExitStack() as stack:
-            self._database = stack.enter_context(contextlib.closing(connect(self.folder)))
-            self._database.execute("BEGIN IMMEDIATE")
-            self._begin(force)
-            self._stack = stack.pop_all()
+        self._database = self._stack.enter_context(contextlib.closing(connect(self.folder)))
+        self._stack.callback(self._undo)
+        self._database.execute("BEGIN IMMEDIATE")
+        database = self.folder / DATABASE
+        if not database.exists():  # whoever held it has undone what it had begun
+            raise busy(self.folder)
+        self._begun = not database.stat().st_size
+        self._begin(force)
+
+    def _undo(self) -> None:
+        if self._begun:
+            undo(self.folder, self._header.vectors)
 
     def _begin(self, force: bool) -> None:
         header = None if force else read_header(self._database)
@@ -177,8 +191,10 @@ class ArchiveWriter:
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else None
+            found = unwritable(self.folder, reason) if reason else refusal(self.folder)
             path.unlink(missing_ok=True)
-            raise unwritable(self.folder) from error
+            raise found from error
         self._header = self._header._replace(vectors=path.name, vectors_sha256=file_sha256(path))
 
     def _tidy(self) -> None:
@@ -187,6 +203,11 @@ class ArchiveWriter:
             if path.name != self._header.vectors:
                 with contextlib.suppress(OSError):  # Windows keeps what a reader has mapped
                     path.unlink()
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # something is in it
+        folder.rmdir()
 
 
 PART = 500  # images embedded between commits: what an interrupted run may lose
@@ -234,7 +255,7 @@ def index_folder(
     """
     started = time.perf_counter()
     root, index = Path(folder).resolve(), Path(index)
-    files, skipped = _files(root, index.resolve())
+    files, skipped = files_below(root, index.resolve())
     model = {"name": engine.name, "sha256": engine.sha256}
     with ArchiveWriter(index, model, engine.config.size, root, force=force) as writer:
         work = _Work(root, engine, writer, skipped)
@@ -317,34 +338,3 @@ class _Work:
         features = self.engine.embed_images(preprocess(picture, config.vision))
         modality = config.modalities[int(features.router_logits[0].argmax())]
         return unit(features.pooled[0]), modality
-
-
-def _files(root: Path, index: Path) -> tuple[list[str], list[str]]:
-    """All files below `root` in order, and what folders cannot be read, as paths below it.
-
-    Hidden ones and the index are left out.
-    """
-    if not root.is_dir():
-        raise InputError(f"There is no folder {str(root)!r}.", "Give a folder of images.")
-    files: list[str] = []
-    unread: list[str] = []
-
-    def skip(error: OSError) -> None:
-        below = os.path.relpath(error.filename, root)
-        if trouble := of_machine(below, error):
-            raise trouble from error
-        if below == os.curdir:  # all that is indexed would count as gone
-            raise error
-        unread.append(below)
-
-    for parent, folders, names in os.walk(root, onerror=skip):
-        folders[:] = [
-            name for name in folders if not name.startswith(".") and Path(parent, name) != index
-        ]
-        below = os.path.relpath(parent, root)
-        files += [
-            os.path.normpath(os.path.join(below, name))
-            for name in names
-            if not name.startswith(".")
-        ]
-    return sorted(files), unread

@@ -10,6 +10,7 @@ An index derives from patients' images and is as confidential: its folder is for
 
 import contextlib
 import dataclasses
+import errno
 import os
 import sqlite3
 import time
@@ -26,9 +27,10 @@ from usearch.index import Index
 
 from medmoe_edge.atomic import file_sha256
 from medmoe_edge.bundle.bundle import NOTICE
+from medmoe_edge.bundle.machine import tried
 from medmoe_edge.contrastive.engine import ModalityEngine
 from medmoe_edge.contrastive.features import Reading, unit
-from medmoe_edge.errors import ImageError, InputError, ResourceError, Told
+from medmoe_edge.errors import ImageError, InputError, ResourceError, Told, of_machine
 from medmoe_edge.image.loading import load_image, preprocess
 
 Vector = npt.NDArray[np.float32]
@@ -36,6 +38,10 @@ DATABASE = "archive.sqlite"
 VECTORS = "vectors-*.usearch"
 FORMAT = 1
 AGAIN = "Make it anew: medmoe-edge index FOLDER --force"
+REFUSED = {
+    *(sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM),
+    sqlite3.SQLITE_IOERR,
+}
 
 SCHEMA = """
 DROP TABLE IF EXISTS header;
@@ -123,12 +129,10 @@ def using(folder: Path) -> Iterator[None]:
         match getattr(error, "sqlite_errorcode", 0) & 0xFF:  # the kind, without its details
             case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
                 raise busy(folder) from None
-            case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM:
-                raise InputError(
-                    f"The index {folder} may not be written.", "Check its permissions."
-                ) from error
-            case sqlite3.SQLITE_FULL | sqlite3.SQLITE_IOERR:
-                raise unwritable(folder) from error
+            case sqlite3.SQLITE_FULL:
+                raise unwritable(folder, os.strerror(errno.ENOSPC)) from error
+            case kind if kind in REFUSED:
+                raise refusal(folder) from error
         raise damaged(folder) from error
     except (FileNotFoundError, TypeError, ValueError, OverflowError) as error:
         raise damaged(folder) from error
@@ -152,10 +156,28 @@ def busy(folder: Path) -> InputError:
     )
 
 
-def unwritable(folder: Path) -> ResourceError:
+def refusal(folder: Path) -> ResourceError:
+    """The error for a database that the system refused, with the reason that SQLite does not tell.
+
+    `tried` finds it.
+    """
+    error = tried(folder / DATABASE)
+    found = of_machine(f"The index {folder}", error)
+    return found or unwritable(folder, error.strerror if error else None)
+
+
+def undo(folder: Path, vectors: str) -> None:
+    """Remove an index of which nothing was committed, while nobody else may write to it."""
+    # the journal first: another database would take it over
+    with contextlib.suppress(OSError):  # Windows keeps what is open
+        for name in (f"{DATABASE}-journal", DATABASE, vectors or DATABASE):
+            (folder / name).unlink(missing_ok=True)
+
+
+def unwritable(folder: Path, reason: str | None = None) -> ResourceError:
     """The error for a disk that does not take an index."""
     return ResourceError(
-        f"The index {folder} cannot be written.",
+        f"The index {folder} cannot be written{f' ({reason})' if reason else ''}.",
         "Free some space, check its permissions, or write elsewhere.",
     )
 

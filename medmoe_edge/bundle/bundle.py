@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
-from medmoe_edge.atomic import atomic_file, file_sha256
+from medmoe_edge.atomic import MOST_TEXT, atomic_file, file_sha256, read_small
 from medmoe_edge.bundle import trust
 from medmoe_edge.bundle.machine import Machine
 from medmoe_edge.config import Confidence, Config, ModelConfig
@@ -43,7 +43,7 @@ from medmoe_edge.errors import (
     Notice,
     ResourceError,
     VerificationError,
-    of_machine,
+    of_file,
 )
 
 TargetName = Literal["onnxruntime", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt"]
@@ -237,11 +237,12 @@ class AnyBundle(Generic[C]):
         """Raise `BundleError` unless a file has the size and the hash that the manifest tells."""
         path, entry = self.folder / name, self.manifest["files"][name]
         try:
-            intact = path.stat().st_size == entry["bytes"] and _hashes_to(path, entry["sha256"])
+            same = path.stat().st_size == entry["bytes"] and path.is_file()
+            intact = same and _hashes_to(path, entry["sha256"])
         except OSError as error:
             what = f"{path} cannot be read ({error.strerror})."
             gone = BundleError(what, "Copy or export the bundle again.")
-            raise (of_machine(str(path), error) or gone) from error
+            raise of_file(str(path), error, gone) from error
         if not intact:
             raise BundleError(
                 f"{path} was changed or is incomplete: it does not match the manifest.",
@@ -305,7 +306,7 @@ def model_kind(folder: Path) -> Kind:
     if (folder / MANIFEST).exists():
         return manifest_kind(_parse(folder, _read(folder / MANIFEST)))
     try:
-        kind = json.loads((folder / "config.json").read_bytes())["model_type"]
+        kind = json.loads(read_small(folder / "config.json"))["model_type"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return Bundle.kind  # whoever reads it says what is wrong
     return "modality-moe" if kind == "modality-moe" else Bundle.kind
@@ -438,11 +439,14 @@ def _store(folder: Path, manifest: Mapping[str, Any]) -> str:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        if path.is_file():  # here, as each start reads it; what is too long is cut, and so damaged
+            with path.open("rb") as file:
+                return file.read(MOST_TEXT)
+        return read_small(path)  # which says why not
     except OSError as error:
         what = f"{path} cannot be read ({error.strerror})."
         missing = BundleError(what, "Give a bundle folder, made by: medmoe-edge export")
-        raise (of_machine(str(path), error) or missing) from error
+        raise of_file(str(path), error, missing) from error
 
 
 def _parse(folder: Path, text: bytes) -> dict[str, Any]:

@@ -1,18 +1,27 @@
-"""This machine: what its processor computes with, on which a proof holds, and its memory."""
+"""This machine: its processor, on which a proof holds, its memory, and what it refuses."""
 
 import contextlib
 import ctypes
+import errno
 import math
 import os
 import platform
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from medmoe_edge.config import Config
-from medmoe_edge.errors import ResourceError
+from medmoe_edge.errors import (
+    OF_MACHINE,
+    InputError,
+    MedMoEError,
+    ResourceError,
+    of_machine,
+    unreadable,
+)
 
 CPU_INFO = Path("/proc/cpuinfo")
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -274,3 +283,65 @@ def _text(path: Path) -> str:
         return path.read_text(errors="replace")
     except OSError:
         return ""
+
+
+# How libraries tell that the system gave no memory, or no thread: their errors have no number.
+_NO_MEMORY = ("bad_alloc", "Failed to allocate", "Cannot allocate memory", "failed to map segment")
+_NO_THREAD = ("can't start new thread", "pthread_create", os.strerror(errno.EAGAIN))
+CLOSE = "Close other programs and try again."
+
+
+def refused(what: str, error: BaseException, remedy: str = CLOSE) -> ResourceError | None:
+    """The error to raise where the machine refused a library what it needs, by the words it uses.
+
+    Args:
+        what: What was opened, such as "decoder.onnx"; it may be empty.
+        error: Whatever was raised.
+        remedy: What to do where memory is missing.
+
+    Returns:
+        An error, or None for any other reason.
+    """
+    text, wanted = str(error), f" for {what}" if what else ""
+    if isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY):
+        return ResourceError(f"There is not enough memory{wanted}.", remedy)
+    if any(words in text for words in _NO_THREAD):
+        return ResourceError(
+            f"The system starts no further thread or process{wanted}.",
+            "Close other programs, or raise its limits (ulimit -u and -v), and try again.",
+        )
+    if "procfs" in text:
+        return ResourceError(f"There is no /proc, which is needed{wanted}.", "Mount it first.")
+    number = next((each for each in OF_MACHINE if os.strerror(each) in text), None)
+    return None if number is None else of_machine(what or "A file", OSError(number, text))
+
+
+def system_error(error: Exception) -> MedMoEError | None:
+    """What the system refused, as one of our errors; None for what is none of its refusals."""
+    if isinstance(error, MedMoEError):
+        return None
+    if not isinstance(error, OSError):
+        return refused("", error)
+    name = str(error.filename or "A file")
+    if error.errno in (errno.EROFS, errno.EFBIG):  # nobody who reads is told so
+        return ResourceError(
+            f"{name} cannot be written ({os.strerror(error.errno)}).",
+            "Free some space, check its permissions, or write elsewhere.",
+        )
+    return of_machine(name, error) or refused("", error) or InputError(*unreadable(name, error))
+
+
+def tried(file: Path) -> OSError | None:
+    """What the system says where a file is read and written beside, as SQLite does; None if well.
+
+    SQLite itself tells no reason. The file stays closed: closing it would give up SQLite's lock.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=file.parent) as beside:
+            beside.write(bytes(2**16))
+            beside.flush()
+    except OSError as error:
+        return error
+    if file.exists() and not os.access(file, os.R_OK | os.W_OK):
+        return PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    return None

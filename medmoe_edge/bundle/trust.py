@@ -16,6 +16,8 @@ was hashed last; its `ctime` is set by every write and by no user. A file that w
 very seconds before it was hashed is not trusted, since a later write could leave the same times
 (git's index has the same rule, and calls such files racy). What the disk itself loses goes
 unnoticed until the record is removed; of an expert, until it is paged in.
+
+What might never end, a pipe or a device in the place of a model's file, is not read.
 """
 
 import contextlib
@@ -29,7 +31,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from medmoe_edge.atomic import atomic_file, file_sha256
+from medmoe_edge.atomic import atomic_file, file_sha256, read_small
 from medmoe_edge.errors import BundleError, InputError, needs, unreadable
 
 if TYPE_CHECKING:
@@ -72,7 +74,7 @@ def check_signature(folder: Path, manifest: bytes) -> None:
         return
     keys = list(_trusted_keys())
     try:
-        signature = (folder / SIGNATURE).read_bytes()
+        signature = read_small(folder / SIGNATURE)
     except OSError as error:
         raise BundleError(
             f"{folder} is not signed, and {TRUSTED_KEYS} asks for a signature.", SIGN_IT

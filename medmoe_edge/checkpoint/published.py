@@ -15,10 +15,10 @@ from typing import Any, Self
 
 from safetensors import SafetensorError, safe_open
 
-from medmoe_edge.atomic import file_sha256
+from medmoe_edge.atomic import file_sha256, read_small
 from medmoe_edge.bundle.bundle import MANIFEST
 from medmoe_edge.bundle.trust import SIGNATURE
-from medmoe_edge.errors import CheckpointError, InputError, of_machine
+from medmoe_edge.errors import CheckpointError, InputError, of_file
 
 RECORD = "pulled.json"
 CONFIG = "config.json"
@@ -60,7 +60,7 @@ def is_beside_model(file: Path, folder: Path) -> bool:
     if not (folder / MANIFEST).is_file():
         return (folder / CONFIG).is_file() and _is_result(file)
     try:
-        files = json.loads((folder / MANIFEST).read_bytes())["files"]
+        files = json.loads(read_small(folder / MANIFEST))["files"]
         return name not in (*files, MANIFEST, SIGNATURE, RECORD, CARD)
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False  # whoever reads it says what is wrong
@@ -225,7 +225,7 @@ class Pulled:
         if not file.exists():
             return None
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
+            data = json.loads(read_small(file))
             files = {
                 name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])}
                 for name, e in data["files"].items()
@@ -237,7 +237,7 @@ class Pulled:
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             remedy = "Remove it, or pull the checkpoint again."
             damaged = CheckpointError(f"{file} is damaged.", remedy)
-            raise (of_machine(str(file), error) or damaged) from error
+            raise of_file(str(file), error, damaged) from error
 
 
 def published(folder: Path, hashes: Mapping[str, str]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from medmoe_edge.atomic import atomic_folder
+from medmoe_edge.atomic import atomic_folder, read_small, regular
 from medmoe_edge.checkpoint.config import official_config
 from medmoe_edge.checkpoint.keys import (
     FUSED,
@@ -32,7 +32,7 @@ from medmoe_edge.checkpoint.keys import (
     with_qwen,
 )
 from medmoe_edge.config import ModelConfig
-from medmoe_edge.errors import CheckpointError, ResourceError, of_machine, shown_bytes
+from medmoe_edge.errors import CheckpointError, ResourceError, of_file, shown_bytes
 
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -85,10 +85,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; `CheckpointError` where there is none."""
     check_file(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_small(path).decode())
     except (OSError, ValueError, RecursionError) as error:
         damaged = CheckpointError(f"{path} is not valid JSON.", _DOWNLOAD)
-        raise (of_machine(str(path), error) or damaged) from error
+        raise of_file(str(path), error, damaged) from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} must hold a JSON object.", _DOWNLOAD)
     return data
@@ -97,11 +97,12 @@ def read_json(path: Path) -> dict[str, Any]:
 def check_file(path: Path) -> None:
     """Raise unless `path` is a file and not a Git-LFS pointer in its place."""
     try:
+        regular(path)
         with path.open("rb") as file:
             start = file.read(len(_LFS_POINTER))
     except OSError as error:
         missing = CheckpointError(f"{path} is missing or unreadable.", _DOWNLOAD)
-        raise (of_machine(str(path), error) or missing) from error
+        raise of_file(str(path), error, missing) from error
     if start == _LFS_POINTER:
         raise CheckpointError(
             f"{path} is a Git-LFS pointer, not the file itself.",
@@ -229,7 +230,7 @@ def has_adapter(folder: Path) -> bool:
 def _adapter_base(folder: Path) -> str | None:
     """The base model that an adapter names, if it is a name that can be shown."""
     try:
-        data = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        data = json.loads(read_small(folder / "adapter_config.json"))
         base = data["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -308,7 +309,7 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         what = f"{path} is truncated or not a safetensors file ({error})."
-        raise (of_machine(str(path), error) or CheckpointError(what, _DOWNLOAD)) from error
+        raise of_file(str(path), error, CheckpointError(what, _DOWNLOAD)) from error
 
 
 SHARD_BYTES = 256 * 2**20

@@ -176,10 +176,10 @@ def check_picture(output: Path, force: bool, source: Path) -> None:
 
 def write_heat(output: Path, picture: "Image", found: "Location") -> None:
     """Write the map over a picture, whole or not at all."""
-    from medmoe_edge.atomic import atomic_file
+    from medmoe_edge.atomic import atomic_file, writing
     from medmoe_edge.contrastive.heatmap import heat_picture
 
-    with atomic_file(output) as file:
+    with writing(output), atomic_file(output) as file:
         heat_picture(picture.pixels, found).save(file, "PNG")
 
 
@@ -246,7 +246,7 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Answer questions about one image."""
-    from medmoe_edge.atomic import atomic_file
+    from medmoe_edge.atomic import atomic_file, writing
     from medmoe_edge.engine.answer import choices_of
     from medmoe_edge.engine.engine import load
     from medmoe_edge.image.inputs import as_image
@@ -283,8 +283,9 @@ def ask(
             picture, questions, max_new_tokens=max_new_tokens, choices=given, frame=frame
         )
         if show:
-            with atomic_file(show) as file:
-                file.write(png_of(engine.seen(picture)))
+            seen = png_of(engine.seen(picture))
+            with writing(show), atomic_file(show) as file:
+                file.write(seen)
         found = None
         if explain and isinstance(picture, Image):
             (blind,) = engine.ask_all(

@@ -26,9 +26,10 @@ import typer
 from typer.core import TyperGroup
 
 from medmoe_edge._version import __version__
+from medmoe_edge.bundle.machine import system_error
 from medmoe_edge.cli import INTERRUPTED, TERMINATED, interruption
 from medmoe_edge.embedded import EMBEDDED
-from medmoe_edge.errors import InputError, MedMoEError, did_you_mean, system_error
+from medmoe_edge.errors import InputError, MedMoEError, did_you_mean
 from medmoe_edge.render import console as render
 
 log = logging.getLogger("medmoe_edge")
@@ -474,8 +475,7 @@ def _report(error: Exception, as_json: bool) -> int:
         error_code = ""
         if log.isEnabledFor(logging.DEBUG):
             traceback.print_exception(error)
-    if isinstance(error, OSError | MemoryError):
-        error = system_error(error)
+    error = system_error(error) or error
     if isinstance(error, MedMoEError):
         what, remedy, code = error.what, error.remedy, error.exit_code
         error_code = error_code or error.code

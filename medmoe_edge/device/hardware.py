@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medmoe_edge._types import there
+from medmoe_edge._types import once, there
 from medmoe_edge.bundle.machine import (
     cpu_features_here,
     cpu_name,
@@ -32,7 +32,6 @@ from medmoe_edge.errors import (
     InputError,
     Told,
     did_you_mean,
-    once,
     shown_bytes,
 )
 from medmoe_edge.export.gpus import GPUS, Library

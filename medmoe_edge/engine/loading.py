@@ -115,13 +115,19 @@ def proven(bundle: AnyBundle[Any]) -> Proven:
 def remember(bundle: AnyBundle[Any], record: dict[str, Any]) -> None:
     """Keep a record (`passed`, `machine` and whatever else) of this bundle in the user's cache.
 
-    Where that cannot be written, nothing is kept.
+    Where that cannot be written, nothing is kept, and a warning says so.
     """
     path = _path(bundle)
-    with contextlib.suppress(OSError):
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
             file.write(json.dumps(record).encode())
+    except OSError as error:
+        logger.warning(
+            "What was found of %s on this machine cannot be kept in %s (%s): asking it will not "
+            "know of it. Make that folder writable, and verify again.",
+            *(bundle.name, path.parent, error.strerror or error),
+        )
 
 
 def remembered(bundle: AnyBundle[Any]) -> dict[str, Any] | None:

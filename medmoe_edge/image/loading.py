@@ -26,6 +26,7 @@ from medmoe_edge.config import VisionConfig
 from medmoe_edge.config_contrastive import SwinConfig
 from medmoe_edge.errors import (
     ImageError,
+    InputError,
     MedMoEError,
     Notice,
     ResourceError,
@@ -272,3 +273,34 @@ def _head(path: Path, name: str) -> bytes:
     if not head:
         raise ImageError(f"{name} is empty.", f"Give {KINDS}.")
     return head
+
+
+def files_below(root: Path, without: Path) -> tuple[list[str], list[str]]:
+    """All files below `root` in order, and what folders cannot be read, as paths below it.
+
+    Hidden ones and the folder `without` are left out. Raises `InputError` where there is no root.
+    """
+    if not root.is_dir():
+        raise InputError(f"There is no folder {str(root)!r}.", "Give a folder of images.")
+    files: list[str] = []
+    unread: list[str] = []
+
+    def skip(error: OSError) -> None:
+        below = os.path.relpath(error.filename, root)
+        if trouble := of_machine(below, error):
+            raise trouble from error
+        if below == os.curdir:  # all that was known of it would count as gone
+            raise error
+        unread.append(below)
+
+    for parent, folders, names in os.walk(root, onerror=skip):
+        folders[:] = [
+            name for name in folders if not name.startswith(".") and Path(parent, name) != without
+        ]
+        below = os.path.relpath(parent, root)
+        files += [
+            os.path.normpath(os.path.join(below, name))
+            for name in names
+            if not name.startswith(".")
+        ]
+    return sorted(files), unread

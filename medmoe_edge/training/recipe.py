@@ -15,8 +15,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from medmoe_edge._types import once
 from medmoe_edge.config import Config, RefusalCode, later
-from medmoe_edge.errors import ConfigError, DataError, once
+from medmoe_edge.errors import ConfigError, DataError
 
 MIN_VOCABULARY = 257  # one token a byte, and the end of an answer
 RecipeT = TypeVar("RecipeT", bound=Config)

@@ -32,15 +32,17 @@ from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import DEFAULT, Bundle
 from medmoe_edge.bundle.machine import call_glibc, return_free_memory
 from medmoe_edge.config import Device
-from medmoe_edge.errors import BundleError, ResourceError
+from medmoe_edge.errors import BundleError
 from medmoe_edge.runtimes.base import Cache, Step
 from medmoe_edge.runtimes.costs import COPIES
 from medmoe_edge.runtimes.ort.runtime import (
     CPU,
+    NO_FALLBACK,
     OPENED_AT_ONCE,
     VISION,
     OrtCache,
     OrtRuntime,
+    not_opened,
     one_of_many,
     session_options,
 )
@@ -146,16 +148,10 @@ class OrtExpertStore:
                 for name, about in self._weights[extent.graph].items()
             }
             options.add_external_initializers(list(weights), list(weights.values()))
-            return ort.InferenceSession(self._graphs[extent.graph], options, providers=[CPU])
-        except MemoryError as error:
-            raise _no_memory(extent) from error
+            graph = self._graphs[extent.graph]
+            return ort.InferenceSession(graph, options, providers=[CPU], **NO_FALLBACK)
         except Exception as error:  # onnxruntime's exceptions share no base of their own
-            if "bad_alloc" in str(error) or "Failed to allocate" in str(error):
-                raise _no_memory(extent) from error
-            raise BundleError(
-                f"ONNX Runtime {ort.__version__} cannot load {extent.name}.",
-                "Export the checkpoint again with this version.",
-            ) from error
+            raise not_opened(extent.name, error, "Give it a smaller memory budget.") from error
 
 
 def map_large_blocks() -> None:
@@ -165,12 +161,6 @@ def map_large_blocks() -> None:
     Prefill takes a twelfth longer, as attention's scores are mapped anew in every layer.
     """
     call_glibc("mallopt", M_MMAP_THRESHOLD, MAPPED)
-
-
-def _no_memory(extent: Extent) -> ResourceError:
-    return ResourceError(
-        f"There is no memory for {extent.name}.", "Give it a smaller memory budget."
-    )
 
 
 RESULTS = ["logits", "router_logits"]

@@ -33,11 +33,17 @@ import onnxruntime as ort
 from medmoe_edge._types import Floats
 from medmoe_edge._version import too_old
 from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.bundle.machine import Arithmetic, cpu_features_here, keep_one_heap
+from medmoe_edge.bundle.machine import (
+    CLOSE,
+    Arithmetic,
+    cpu_features_here,
+    keep_one_heap,
+    refused,
+)
 from medmoe_edge.bundle.recorded import check_scales, int8_products
 from medmoe_edge.calibration.quantisers import PAIR_BOUND
 from medmoe_edge.config import DecoderConfig, Device
-from medmoe_edge.errors import BundleError, Notice, ResourceError
+from medmoe_edge.errors import BundleError, MedMoEError, Notice, ResourceError
 from medmoe_edge.runtimes.base import Cache, CacheArray, EmbeddingTable, Step, check_room, in_parts
 
 WIDTH, CHANNELS = 8, 16
@@ -46,6 +52,7 @@ LARGEST = 127  # of an int8 weight; activations of one size are quantised to 255
 # KleidiAI's `DynamicQuantizeMatMul` gives each token a scale of its own; its 4-bit kernels quantise
 # whole rows of activations instead of blocks.
 SAME_EVERYWHERE = ("mlas.disable_kleidiai", "1")
+NO_FALLBACK: dict[str, Any] = {"enable_fallback": 0}  # of every session: see `open_session`
 
 
 @cache
@@ -54,7 +61,7 @@ def int8_arithmetic() -> Arithmetic:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.add_session_config_entry(*SAME_EVERYWHERE)
-    session = ort.InferenceSession(_model(), options, ["CPUExecutionProvider"])
+    session = ort.InferenceSession(_model(), options, ["CPUExecutionProvider"], **NO_FALLBACK)
     (found,) = session.run(["y"], {"a": np.ones((1, WIDTH), np.float32)})
     right = np.allclose(found, WIDTH * LARGEST, rtol=1e-3)
     return "exact" if right else "saturating"
@@ -307,14 +314,29 @@ def _state(file: IO[bytes]) -> tuple[int, int]:
 def open_session(
     path: Path, options: ort.SessionOptions, providers: Sequence[str] = (CPU,)
 ) -> ort.InferenceSession:
-    """Load a graph; raises `BundleError` where ONNX Runtime refuses it."""
+    """Load a graph; raises what `not_opened` makes of ONNX Runtime's error.
+
+    Where CUDA fails the CPU stands in for it, as `check_providers` tells: ONNX Runtime's own fall
+    back, which `NO_FALLBACK` turns off, prints on stdout.
+    """
     try:
-        return ort.InferenceSession(str(path), options, providers=list(providers))
+        return ort.InferenceSession(str(path), options, providers=list(providers), **NO_FALLBACK)
     except Exception as error:  # onnxruntime's exceptions share no base of their own
-        raise BundleError(
-            f"ONNX Runtime {ort.__version__} cannot load {path.name}.",
-            "Export the checkpoint again with this version.",
-        ) from error
+        if CUDA in providers and isinstance(error, ValueError | RuntimeError):
+            logger.debug("CUDA's provider failed: %s", error)
+            return open_session(path, options)
+        raise not_opened(path.name, error) from error
+
+
+def not_opened(name: str, error: Exception, remedy: str = CLOSE) -> MedMoEError:
+    """The error for a graph that was not opened: the machine's refusal, or ONNX Runtime's.
+
+    `remedy` says what to do where memory is missing.
+    """
+    return refused(name, error, remedy) or BundleError(
+        f"ONNX Runtime {ort.__version__} cannot load {name}.",
+        "Export the checkpoint again with this version.",
+    )
 
 
 def session_options() -> ort.SessionOptions:

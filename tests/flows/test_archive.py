@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -307,6 +308,66 @@ def test_a_full_disk_leaves_the_old_index(tmp_path: Path, monkeypatch: pytest.Mo
     with Archive(index, MODEL["sha256"]) as reader:
         assert len(reader) == 3
     assert len(list(index.glob(VECTORS))) == 1
+
+
+def test_a_first_run_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    index = tmp_path / "index"
+
+    def put(archive: ArchiveWriter, count: int) -> None:
+        for number in range(count):
+            archive.put(entry(f"{number}"), unit_vectors(1)[0])
+
+    full = pytest.raises(ResourceError, match=r"cannot be written \(No space left on device\)")
+    with writer(index) as archive:
+        archive._database.execute("PRAGMA max_page_count = 12")  # as on a full disk
+        with full:
+            put(archive, 1000)
+    assert not index.exists()
+    with writer(index) as archive:
+        put(archive, 1)
+        archive._database.execute("PRAGMA query_only = 1")  # once the vectors are written
+        with pytest.raises(ResourceError, match="cannot be written"):
+            archive.commit()
+        assert list(index.glob(VECTORS))
+    assert not index.exists()
+    index.mkdir()  # by somebody else, who keeps it
+    with writer(index) as archive:
+        put(archive, 1)
+    assert not list(index.iterdir())
+    filled(index, unit_vectors(3))  # and another run begins anew
+    with Archive(index, MODEL["sha256"]) as reader:
+        assert len(reader) == 3
+
+
+@pytest.mark.parametrize(
+    ("number", "what"),
+    [
+        (errno.EMFILE, "cannot be used now: too many open files"),
+        (errno.EROFS, r"cannot be written \(Read-only file system\)"),
+        (errno.EACCES, r"cannot be written \(Permission denied\)"),
+    ],
+)
+def test_what_sqlite_was_refused_is_told_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, what: str
+) -> None:
+    index = filled(tmp_path / "index", unit_vectors(3))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with writer(index) as archive:
+        archive._database.execute("PRAGMA query_only = 1")  # SQLITE_READONLY
+        monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+        with pytest.raises(ResourceError, match=what):
+            archive.put(entry("new"), unit_vectors(1)[0])
+    with Archive(index, MODEL["sha256"]) as reader:
+        assert len(reader) == 3
+
+
+def test_a_folder_of_an_index_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ResourceError, match=r"index cannot be written \(Not a directory\)"):
+        writer(tmp_path / "file" / "index")
 
 
 # --- A folder ----------------------------------------------------------------------------------

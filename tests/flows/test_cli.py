@@ -95,6 +95,28 @@ def test_shell_completion_knows_the_verbs() -> None:
         ),
         (OSError("strange"), 2, "A file cannot be opened: unknown reason."),
         (MemoryError(), 5, "There is not enough memory."),
+        (
+            OSError(errno.EROFS, "Read-only file system", "a"),
+            5,
+            "a cannot be written (Read-only file system).",
+        ),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 5, "There is not enough memory."),
+        (
+            ImportError("ort.so: failed to map segment from shared object"),
+            5,
+            "There is not enough memory.",
+        ),
+        (
+            RuntimeError("can't start new thread"),
+            5,
+            "The system starts no further thread or process.",
+        ),
+        (
+            BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)),  # of fork
+            5,
+            "The system starts no further thread or process.",
+        ),
+        (ImportError("no such symbol"), 1, "Unexpected error (ImportError)."),
         (KeyError("Doe^John"), 1, "Unexpected error (KeyError)."),
     ],
 )

@@ -235,6 +235,14 @@ def test_locate_draws_a_picture(run: Run, tmp_path: Path) -> None:
     assert "heat" not in told
 
 
+@pytest.mark.usefixtures("engine", "scan")
+def test_a_map_that_cannot_be_written_is_named(run: Run) -> None:
+    name = "m" * 246 + ".png"  # too long for what is written beside it first
+    result = run("locate", "scan.png", "heart", "-o", name)
+    assert result.exit_code == 5
+    assert f"{name} cannot be written (File name too long)." in two_lines(result)[0]
+
+
 # --- index and retrieve ------------------------------------------------------------------------
 
 

@@ -276,6 +276,13 @@ def test_show_leaves_nothing_where_nothing_is_answered(run: Run, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["bad.png"]
 
 
+def test_show_names_what_it_cannot_write(run: Run, wide: Path) -> None:
+    name = "s" * 246 + ".png"  # too long for what is written beside it first
+    done = run("ask", wide.name, QUESTION, "--show", name)
+    assert done.exit_code == 5
+    assert f"{name} cannot be written (File name too long)." in two_lines(done)[0]
+
+
 def test_show_replaces_with_force(run: Run, wide: Path) -> None:
     target = wide.with_name("seen.png")
     target.write_bytes(b"old")

@@ -1,5 +1,6 @@
 """De-identification: no word of the patient's is left, and the picture is as it was."""
 
+import errno
 import io
 import json
 import os
@@ -30,7 +31,7 @@ from pydicom.uid import (
 )
 
 from medmoe_edge.bedside.audit.deidentify import deidentify
-from medmoe_edge.errors import ImageError
+from medmoe_edge.errors import ImageError, ResourceError
 from medmoe_edge.image.loading import load_image
 
 VALUES = np.arange(64, dtype=np.uint8).reshape(8, 8)
@@ -426,3 +427,20 @@ def test_the_standards_own_rules_find_nothing_new(tmp_path: Path) -> None:
         lines = done.stderr.splitlines()
         errors.append({line for line in lines if line.startswith("Error")})
     assert errors[1] <= errors[0]
+
+
+def test_an_output_that_cannot_be_written_is_not_the_fault_of_the_image(
+    run: Run, scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    too_long = "o" * 246 + ".dcm"  # for what is written beside it first
+    result = run("audit", "deidentify", str(scan), "-o", too_long)
+    assert result.exit_code == 5
+    assert f"{too_long} cannot be written (File name too long)." in two_lines(result)[0]
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ResourceError, match=r"out\.dcm cannot be written \(No space left"):
+        deidentify(scan, tmp_path / "out.dcm")
+    assert [path.name for path in tmp_path.iterdir()] == ["scan.dcm"]

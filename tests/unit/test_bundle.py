@@ -1,5 +1,6 @@
 """A bundle opens only if it is what was exported; every damage is told in one line."""
 
+import errno
 import hashlib
 import json
 import os
@@ -18,11 +19,13 @@ from medmoe_edge.bundle.bundle import (
     SEAL,
     Bundle,
     _seal,
+    model_kind,
     write_manifest,
     write_verification,
 )
 from medmoe_edge.errors import BundleError, ModelError, ResourceError
 from medmoe_edge.presets import PRESETS
+from medmoe_edge.prompt import Tokenizer
 
 CONTENTS: dict[str, Any] = {
     "name": "tiny",
@@ -188,6 +191,43 @@ def test_a_verification_that_cannot_be_written_leaves_the_old_manifest(
         write_verification(bundle, {"passed": True})
     assert (folder / MANIFEST).read_bytes() == content
     assert {path.name for path in folder.iterdir()} == {MANIFEST, *FILES}
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "tokenizer.json"])
+def test_a_file_that_may_not_be_read_is_not_to_be_exported_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    real = Path.open
+
+    def closed(path: Path, *more: Any, **options: Any) -> Any:  # root may read everything
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *more, **options)
+
+    monkeypatch.setattr(Path, "open", closed)
+    refused(folder, rf"{name} cannot be opened: permission denied. Check the path and its perm")
+
+
+def make_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def make_endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "tokenizer.json"])
+@pytest.mark.parametrize("make", [make_pipe, make_endless])
+def test_what_would_never_be_read_to_its_end_is_refused(
+    folder: Path, make: Callable[[Path], None], name: str
+) -> None:
+    """A pipe that nobody writes to would be waited for."""
+    (folder / name).unlink()
+    make(folder / name)
+    what = "cannot be opened: it is no regular file" if name == MANIFEST else "was changed"
+    refused(folder, rf"{name} {what}")
+    with pytest.raises(ModelError, match=r"no regular file|The tokenizer tokenizer\.json cannot"):
+        model_kind(folder) if name == MANIFEST else Tokenizer.from_file(folder / name)
 
 
 def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:

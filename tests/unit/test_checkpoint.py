@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -10,7 +11,7 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,18 @@ from transformers import (
     StableLmForCausalLM,
 )
 
+from medmoe_edge.atomic import MOST_TEXT
 from medmoe_edge.checkpoint.config import CLIP_L_14_336, model_config, official_config
 from medmoe_edge.checkpoint.keys import expected_parameters, official_name
 from medmoe_edge.checkpoint.reader import import_router, read_checkpoint, write_checkpoint
 from medmoe_edge.checkpoint.tensors import StoredTensor
 from medmoe_edge.config import DecoderConfig, ModelConfig, MoEConfig
-from medmoe_edge.errors import CheckpointError, ConfigError, InputError, ResourceError
+from medmoe_edge.errors import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    ResourceError,
+)
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.training.initialise import random_tensors
@@ -850,6 +857,50 @@ def test_pickled_weights_are_never_loaded(folder: Path) -> None:
 def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(CheckpointError, match=name):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", [SHARD, "config.json", "model.safetensors.index.json"])
+def test_a_file_that_may_not_be_read_is_not_to_be_downloaded_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    real = Path.open
+
+    def closed(path: Path, *more: Any, **options: Any) -> Any:  # root may read everything
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *more, **options)
+
+    monkeypatch.setattr(Path, "open", closed)
+    with pytest.raises(CheckpointError, match=rf"{name} cannot be opened: permission") as caught:
+        read_checkpoint(folder)
+    assert caught.value.remedy == "Check the path and its permissions."
+
+
+def make_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def make_endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("name", [SHARD, "config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("make", [make_pipe, make_endless])
+def test_what_would_never_be_read_to_its_end_is_refused(
+    folder: Path, make: Callable[[Path], None], name: str
+) -> None:
+    """A pipe that nobody writes to would be waited for."""
+    (folder / name).unlink()
+    make(folder / name)
+    with pytest.raises(CheckpointError, match=rf"{name} cannot be opened: it is no regular"):
+        read_checkpoint(folder)
+
+
+def test_json_that_is_too_large_is_not_read(folder: Path) -> None:
+    with (folder / "config.json").open("ab") as file:
+        file.truncate(MOST_TEXT + 1)
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be .* 64 million bytes"):
         read_checkpoint(folder)
 
 

@@ -1,5 +1,6 @@
 """Sessions opened ahead: whoever needs one waits for it, and meets what opening it met."""
 
+import errno
 import gc
 import os
 import shutil
@@ -17,8 +18,11 @@ import medmoe_edge
 from medmoe_edge.contrastive.engine import load_modality
 from medmoe_edge.embedded import bundle_path
 from medmoe_edge.errors import BundleError, ResourceError
+from medmoe_edge.runtimes.base import EmbeddingTable
 from medmoe_edge.runtimes.ort import runtime as ort_sessions
 from medmoe_edge.runtimes.ort.runtime import (
+    CPU,
+    CUDA,
     OPENED_AT_ONCE,
     EarlySessions,
     one_of_many,
@@ -44,6 +48,63 @@ def test_what_cannot_be_opened_is_told_to_who_needs_it(tiny_bundle: Make) -> Non
     assert sessions["vision.onnx"]
     with pytest.raises(BundleError, match=r"cannot load tokenizer\.json"):
         sessions["tokenizer.json"]
+
+
+@pytest.mark.parametrize(
+    ("said", "what"),
+    [
+        ("Exception during initialization: std::bad_alloc", "not enough memory for vision.onnx."),
+        ("Failed to allocate memory for requested buffer", "not enough memory for vision.onnx."),
+        ("PosixThread pthread_create failed, error code: 11", "no further thread or process for v"),
+        ("Platform requires procfs", "There is no /proc, which is needed for vision.onnx."),
+        (
+            "vision.data: errcode = 24 - Too many open files",
+            "vision.onnx cannot be used now: too m",
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", [RuntimeError, Exception])
+def test_what_the_machine_refuses_is_not_the_fault_of_the_bundle(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception], said: str, what: str
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise kind(said)
+
+    monkeypatch.setattr(ort, "InferenceSession", refuse)
+    with pytest.raises(ResourceError) as caught:
+        ort_sessions.open_session(Path("vision.onnx"), ort.SessionOptions())
+    assert what in caught.value.what
+
+
+def test_an_embedding_without_memory_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(np, "load", refuse)
+    with pytest.raises(ResourceError, match=r"not enough memory for .*embedding\.npy"):
+        EmbeddingTable(tmp_path / "embedding.npy")
+
+
+def test_a_provider_that_fails_prints_nothing_on_stdout(
+    tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ONNX Runtime's own fall back does, where a verb prints JSON."""
+    real = ort.InferenceSession._create_inference_session
+
+    def create(self: Any, providers: list[str], *more: Any) -> None:
+        if CUDA in providers:
+            raise RuntimeError("CUDA failure 100: no CUDA-capable device is detected")
+        real(self, providers, *more)
+
+    monkeypatch.setattr(ort.InferenceSession, "_create_inference_session", create)
+    graph = tiny_bundle() / "vision.onnx"
+    session = ort_sessions.open_session(graph, session_options(), [CUDA, CPU])
+    assert session.get_providers() == [CPU]
+    with pytest.raises(BundleError, match=r"cannot load tokenizer\.json"):
+        ort_sessions.open_session(graph.with_name("tokenizer.json"), session_options())
+    assert capsys.readouterr().out == ""
 
 
 def test_what_nobody_waits_for_is_not_opened(

@@ -147,7 +147,7 @@ def test_a_bundle_for_cuda_is_not_run_on_the_cpu_in_silence(
     monkeypatch.setattr(ort_providers, "preload_cuda", lambda: None)
     opened: list[list[str]] = []
 
-    def session(path: str, options: Any, providers: list[str]) -> ort.InferenceSession:
+    def session(path: str, options: Any, providers: list[str], **_: int) -> ort.InferenceSession:
         opened.append(providers)
         return real(path, options, providers=[CPU])
 

@@ -389,6 +389,22 @@ def test_a_damaged_memory_is_forgotten(recorded: dict[str, Path]) -> None:
         assert proven(bundle).here
 
 
+@pytest.mark.parametrize("passed", [True, False])
+def test_what_cannot_be_kept_is_told(
+    recorded: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    passed: bool,
+) -> None:
+    (tmp_path / "cache").write_bytes(b"a file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bundle = Bundle.open(recorded["int8"])
+    loading.remember(bundle, {"passed": passed, "machine": this_machine().to_json()})
+    (told,) = caplog.messages
+    assert f"cannot be kept in {loading._path(bundle).parent} (Not a directory)" in told
+
+
 # --- what verify leaves alone -----------------------------------------------------------------
 
 

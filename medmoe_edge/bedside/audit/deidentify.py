@@ -44,7 +44,7 @@ from pydicom.uid import (
 )
 
 from medmoe_edge._version import __version__
-from medmoe_edge.atomic import atomic_file
+from medmoe_edge.atomic import atomic_file, writing
 from medmoe_edge.errors import ImageError
 from medmoe_edge.image.dicom import read_dicom
 from medmoe_edge.image.dicom_container import PixelElement, read_codestreams, read_whole
@@ -222,6 +222,7 @@ def deidentify(
     Raises:
         ImageError: What is no DICOM image, and pixels that are marked as showing text (PS3.3
             C.7.6.1.1.5, Burned In Annotation) or often do, unless allowed.
+        ResourceError: The disk does not take `target`.
     """
     name = shown_name(source)
     check_file(source, name)
@@ -234,7 +235,7 @@ def deidentify(
         clean_pixels(dataset)
         _Cleaning(secret).clean(dataset)
         _claim(dataset, removed=not may_show_text)
-        with atomic_file(target) as file:
+        with writing(target), atomic_file(target) as file:  # what the disk refuses is its own error
             dcmwrite(file, dataset, enforce_file_format=True)
             file.flush()
             _check_picture(source, Path(file.name), name)

@@ -48,10 +48,11 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import pydantic
 
+from medmoe_edge._types import once
 from medmoe_edge.bedside.listen.header import body_parts
 from medmoe_edge.bedside.serve.settings import is_loopback, no_password, plain_address
 from medmoe_edge.engine.answer import choices_of, given_choices
-from medmoe_edge.errors import InputError, ResourceError, is_host, once, unreadable
+from medmoe_edge.errors import InputError, ResourceError, is_host, unreadable
 
 Document = Literal[
     "picture", "comprehensive-3d-sr", "basic-text-sr", "heat-map", "fhir-r4", "fhir-r5", "hl7-v2"
@@ -526,9 +527,8 @@ def load_configuration(path: Path) -> Configuration:
     except OSError as error:
         raise InputError(*unreadable(f"The configuration {path}", error)) from error
     except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"The configuration is not {kind}.", str(error) or "Correct it."
-        ) from error
+        what = f"The configuration is not {kind}."
+        raise InputError(what, str(error) or "Correct it.") from error
     try:
         found = Configuration.model_validate(values, context={"home": path.parent.resolve()})
     except pydantic.ValidationError as error:
