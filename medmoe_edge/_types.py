@@ -34,8 +34,9 @@ def there(value: T | None) -> T:
 
 def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON, for `json.loads`; raises `ValueError` for a key that is there twice."""
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
             raise ValueError(f"{name!r} is there twice in one object: leave one of them")
-    return dict(pairs)
+        found[name] = value
+    return found
