@@ -75,9 +75,7 @@ def atomic_file(target: Path) -> Iterator[IO[bytes]]:
     """A file that takes the place of `target` once the block has ended well.
 
     An `OSError` says which file it was about, also where the system did not: `write` never does.
-    Raises `InputError` as `refuse_special` does.
     """
-    refuse_special(target)
     part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
         with part.open("wb") as file:
@@ -95,7 +93,7 @@ def atomic_file(target: Path) -> Iterator[IO[bytes]]:
 
 
 def refuse_special(path: Path) -> None:
-    """Raise `InputError` for a device, a pipe or a socket, whose name a file would take away.
+    """Raise `InputError` for an output that is a device, a pipe or a socket, which a file replaces.
 
     That of /dev/stdout too, where it leads to a file: who is root would take it from everybody.
     """

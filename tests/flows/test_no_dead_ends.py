@@ -440,6 +440,7 @@ def test_an_end_while_importing_is_clean(tmp_path: Path, number: str, code: int,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup may start tests
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "now\n"
