@@ -24,17 +24,16 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def regular(path: Path) -> os.stat_result:
-    """Of a file; raises `OSError` for a pipe or a device, reading which might never end."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+def check_regular(path: Path) -> None:
+    """Raise `OSError` for a pipe or a device, reading which might never end, or no file at all."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
-    return found
 
 
 def read_small(path: Path) -> bytes:
     """A file of text beside a model's weights; raises `OSError`, also where it is too large."""
-    regular(path)
+    check_regular(path)
     with path.open("rb") as file:
         content = file.read(MOST_TEXT + 1)
     if len(content) > MOST_TEXT:

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from medmoe_edge.atomic import atomic_folder, read_small, regular
+from medmoe_edge.atomic import atomic_folder, check_regular, read_small
 from medmoe_edge.checkpoint.config import official_config
 from medmoe_edge.checkpoint.keys import (
     FUSED,
@@ -97,7 +97,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def check_file(path: Path) -> None:
     """Raise unless `path` is a file and not a Git-LFS pointer in its place."""
     try:
-        regular(path)
+        check_regular(path)
         with path.open("rb") as file:
             start = file.read(len(_LFS_POINTER))
     except OSError as error:

@@ -426,45 +426,46 @@ def main_with_modules_of(folder: Path, *arguments: str) -> "subprocess.Completed
     )
 
 
+def ended(
+    folder: Path, importing: str, number: str, told: str = "", *, hang_up: signal.Handlers
+) -> tuple[int, str, str]:
+    """How a command line ends that gets a signal while it imports a package, which says when.
+
+    `hang_up` is what SIGHUP does to begin with: the tests themselves may run under nohup.
+    """
+    (folder / "typer.py").write_text(f"print('now', flush=True)\n{importing}")
+    with subprocess.Popen(
+        MAIN,
+        env=with_modules_of(folder),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, hang_up),
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "now\n"
+        process.send_signal(getattr(signal, number))
+        stdout, stderr = process.communicate(told, timeout=60)
+    return process.returncode, stdout, stderr
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize(
     ("number", "code", "said"),
     [("SIGINT", 130, "Interrupted.\n"), ("SIGTERM", 143, ""), ("SIGHUP", 143, "")],
 )
 def test_an_end_while_importing_is_clean(tmp_path: Path, number: str, code: int, said: str) -> None:
-    """A package that is imported at start tells when it is, and takes its time."""
-    (tmp_path / "typer.py").write_text("import time\nprint('now', flush=True)\ntime.sleep(60)\n")
-    with subprocess.Popen(
-        MAIN,
-        env=with_modules_of(tmp_path),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup may start tests
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "now\n"
-        process.send_signal(getattr(signal, number))
-        _, stderr = process.communicate(timeout=60)
-    assert (process.returncode, stderr) == (code, said)
+    slow = "import time\ntime.sleep(60)\n"
+    found, _, stderr = ended(tmp_path, slow, number, hang_up=signal.SIG_DFL)
+    assert (found, stderr) == (code, said)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_a_lost_terminal_ends_nothing_that_nohup_started(tmp_path: Path) -> None:
-    (tmp_path / "typer.py").write_text("print('now', flush=True)\nprint(input())\nraise SystemExit")
-    with subprocess.Popen(
-        MAIN,
-        env=with_modules_of(tmp_path),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "now\n"
-        process.send_signal(signal.SIGHUP)
-        told, _ = process.communicate("still here\n", timeout=60)
-    assert (process.returncode, told) == (0, "still here\n")
+    asks = "print(input())\nraise SystemExit"
+    code, told, _ = ended(tmp_path, asks, "SIGHUP", "still here\n", hang_up=signal.SIG_IGN)
+    assert (code, told) == (0, "still here\n")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")

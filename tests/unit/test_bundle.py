@@ -1,6 +1,5 @@
 """A bundle opens only if it is what was exported; every damage is told in one line."""
 
-import errno
 import hashlib
 import json
 import os
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from odd_files import ENDLESS, forbid_opening
 
 from medmoe_edge.bundle import trust
 from medmoe_edge.bundle.bundle import (
@@ -197,27 +197,12 @@ def test_a_verification_that_cannot_be_written_leaves_the_old_manifest(
 def test_a_file_that_may_not_be_read_is_not_to_be_exported_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    real = Path.open
-
-    def closed(path: Path, *more: Any, **options: Any) -> Any:  # root may read everything
-        if path.name == name:
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return real(path, *more, **options)
-
-    monkeypatch.setattr(Path, "open", closed)
+    forbid_opening(monkeypatch, name)
     refused(folder, rf"{name} cannot be opened: permission denied. Check the path and its perm")
 
 
-def make_pipe(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def make_endless(path: Path) -> None:
-    path.symlink_to("/dev/zero")
-
-
 @pytest.mark.parametrize("name", [MANIFEST, "tokenizer.json"])
-@pytest.mark.parametrize("make", [make_pipe, make_endless])
+@pytest.mark.parametrize("make", ENDLESS)
 def test_what_would_never_be_read_to_its_end_is_refused(
     folder: Path, make: Callable[[Path], None], name: str
 ) -> None:

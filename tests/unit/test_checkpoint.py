@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import math
@@ -19,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from odd_files import ENDLESS, forbid_opening
 from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPVisionConfig,
@@ -864,29 +864,14 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
 def test_a_file_that_may_not_be_read_is_not_to_be_downloaded_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    real = Path.open
-
-    def closed(path: Path, *more: Any, **options: Any) -> Any:  # root may read everything
-        if path.name == name:
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return real(path, *more, **options)
-
-    monkeypatch.setattr(Path, "open", closed)
+    forbid_opening(monkeypatch, name)
     with pytest.raises(CheckpointError, match=rf"{name} cannot be opened: permission") as caught:
         read_checkpoint(folder)
     assert caught.value.remedy == "Check the path and its permissions."
 
 
-def make_pipe(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def make_endless(path: Path) -> None:
-    path.symlink_to("/dev/zero")
-
-
 @pytest.mark.parametrize("name", [SHARD, "config.json", "model.safetensors.index.json"])
-@pytest.mark.parametrize("make", [make_pipe, make_endless])
+@pytest.mark.parametrize("make", ENDLESS)
 def test_what_would_never_be_read_to_its_end_is_refused(
     folder: Path, make: Callable[[Path], None], name: str
 ) -> None:
